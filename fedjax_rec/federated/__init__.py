@@ -1,0 +1,1 @@
+"""Cohort, vmapped local training, chain of update transforms, server step."""

@@ -1,0 +1,195 @@
+"""Local training of one client on the rows of the shared tables that it touches.
+
+Two layouts. If a client's items are distinct within the epoch, each example carries its own copy of its row and no
+scatter is needed. If items repeat, the client trains a compact table of its distinct rows, gathered and scattered a
+batch at a time.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from fedjax_rec.data.clients import Client
+from fedjax_rec.data.negatives import Negatives, permute, popularity_negatives, uniform_negatives
+from fedjax_rec.federated.rows import Rows, add_rows, take_rows
+from fedjax_rec.models.base import Examples, Model, Shared, View
+
+
+class Epoch(NamedTuple):
+    """One client's examples of a round, cut into batches.
+
+    Attributes:
+      examples: `Examples` with leaves ``[steps, batch, 1 + negatives]``.
+      slots: int32, same shape, places in ``row_ids``; None if ids are distinct.
+      row_ids: int32 ``[S]`` or None.
+    """
+
+    examples: Examples
+    slots: jax.Array | None
+    row_ids: jax.Array | None
+
+
+class Trained(NamedTuple):
+    """The result of local training.
+
+    Attributes:
+      rows: ``{table: Rows}``, trained minus received.
+      dense: trained minus received.
+      private: trained.
+      loss: mean batch loss before each step, first epoch.
+    """
+
+    rows: dict[str, Rows]
+    dense: Any
+    private: Any
+    loss: jax.Array
+
+
+def batch_rows(client: Client, batch_size: int | None) -> int:
+    """Interactions in a batch: ``batch_size``, or all that the bucket holds."""
+    capacity = client.item_ids.shape[-1]
+    return capacity if batch_size is None else min(batch_size, capacity)
+
+
+def num_batches(client: Client, batch_size: int | None) -> jax.Array:
+    """Batches in this client's epoch, int32 scalar."""
+    return -(-client.length // batch_rows(client, batch_size))
+
+
+def draw_epoch(client: Client, negatives: Negatives | None, batch_size: int | None, key: jax.Array) -> Epoch:
+    """A client's examples of this round: shuffled, each with its negatives, cut into batches.
+
+    Ready-made examples (with ``slots``) keep their order, and nothing is drawn.
+    """
+    rows = batch_rows(client, batch_size)
+    capacity = client.item_ids.shape[0]
+    steps = -(-capacity // rows)
+    position = jnp.arange(steps * rows, dtype=jnp.int32)
+    real = position < client.length
+    order_key, negative_key = jax.random.split(key)
+    place = position if client.slots is not None else permute(order_key, position, client.length)
+    place = jnp.where(real, place, capacity)
+
+    ids = client.item_ids.at[place].get(mode="fill", fill_value=client.num_items)
+    labels = client.labels.at[place].get(mode="fill", fill_value=0)
+    examples = Examples(ids[:, None], labels[:, None], real.astype(jnp.float32)[:, None])
+    slots = None
+    if client.slots is not None:
+        slots = client.slots.at[place].get(mode="fill", fill_value=client.row_ids.shape[0])
+        slots = slots.reshape(steps, rows, 1)
+    elif negatives is not None and negatives.num_per_positive:
+        drawn = _draw_negatives(client, negatives, position, negative_key)
+        examples = jax.tree.map(lambda a, b: jnp.concatenate([a, b], 1), examples, drawn)
+    examples = jax.tree.map(lambda x: x.reshape(steps, rows, *x.shape[1:]), examples)
+    return Epoch(examples, slots, client.row_ids)
+
+
+def _draw_negatives(client: Client, negatives: Negatives, position: jax.Array, key: jax.Array) -> Examples:
+    per_positive = negatives.num_per_positive
+    num = len(position) * per_positive
+    wanted = client.length * per_positive
+    if negatives.distribution == "uniform":
+        ids, weights = uniform_negatives(
+            key,
+            num=num,
+            wanted=wanted,
+            excluded=client.excluded,
+            num_excluded=client.num_excluded,
+            num_items=client.num_items,
+        )
+    else:
+        ids, weights = popularity_negatives(
+            key, num=num, wanted=wanted, excluded=client.excluded, item_cdf=negatives.item_cdf
+        )
+    # The j-th negative of the k-th positive is draw j * length + k: where the catalogue runs out, every positive
+    # keeps its first negatives instead of the last positives having none.
+    draw = jnp.arange(per_positive, dtype=jnp.int32) * client.length + position[:, None]
+    draw = jnp.where((position < client.length)[:, None], draw, num)
+    ids = ids.at[draw].get(mode="fill", fill_value=client.num_items)
+    weights = weights.at[draw].get(mode="fill", fill_value=0)
+    return Examples(ids, jnp.zeros_like(weights), weights)
+
+
+def train(
+    model: Model,
+    optimizer: optax.GradientTransformation,
+    shared: Shared,
+    private: Any,
+    epoch: Epoch,
+    *,
+    num_steps: jax.Array,
+    num_epochs: int,
+    key: jax.Array,
+) -> Trained:
+    """Runs ``num_epochs`` passes of ``num_steps`` batches; batches without examples change nothing.
+
+    Args:
+      model: gives the loss of a batch.
+      optimizer: sees ``{"rows", "dense", "private"}``; it may keep state for dense and private leaves, not for rows
+        (see `check_client_optimizer`).
+      shared: what the server sent.
+      private: the client's own.
+      epoch: from `draw_epoch`.
+      num_steps: int32 scalar; the same for all clients of a vmapped chunk, so that the loop needs no masking.
+      num_epochs: passes over the same examples.
+      key: for stochastic losses.
+    """
+    compact = epoch.slots is not None
+    ids = epoch.row_ids if compact else epoch.examples.ids
+    received = {name: take_rows(table, ids) for name, table in shared.tables.items()}
+    first = {name: table[0] if not compact else take_rows(table, epoch.slots[0]) for name, table in received.items()}
+    opt_state = optimizer.init({"rows": first, "dense": shared.dense, "private": private})
+
+    def step(i, carry):
+        tables, dense, private, opt_state, loss_sum = carry
+        index = i % num_steps
+        batch, slots = jax.tree.map(lambda x: x[index], (epoch.examples, epoch.slots))
+        rows = {name: take_rows(t, slots) if compact else t[index] for name, t in tables.items()}
+        params = {"rows": rows, "dense": dense, "private": private}
+
+        def loss(params):
+            view = View(params["rows"], params["dense"])
+            return model.loss(view, params["private"], batch, jax.random.fold_in(key, i))
+
+        value, gradient = jax.value_and_grad(loss)(params)
+        updates, new_state = optimizer.update(gradient, opt_state, params)
+        real = jnp.any(batch.weights > 0)
+        updates = jax.tree.map(lambda x: jnp.where(real, x, 0), updates)
+        opt_state = jax.tree.map(lambda new, old: jnp.where(real, new, old), new_state, opt_state)
+        for name, change in updates["rows"].items():
+            table = tables[name]
+            tables = tables | {name: add_rows(table, slots, change) if compact else table.at[index].add(change)}
+        dense, private = optax.apply_updates((dense, private), (updates["dense"], updates["private"]))
+        return tables, dense, private, opt_state, loss_sum + jnp.where(real & (i < num_steps), value, 0.0)
+
+    carry = (received, shared.dense, private, opt_state, jnp.zeros(()))
+    tables, dense, private, _, loss_sum = jax.lax.fori_loop(0, num_steps * num_epochs, step, carry)
+    ids = ids.reshape(-1)
+    rows = {}
+    for name, table in tables.items():
+        change = (table - received[name]).reshape(-1, table.shape[-1])
+        num_rows = shared.tables[name].shape[0]
+        rows[name] = Rows(ids, jnp.where((ids < num_rows)[:, None], change, 0.0), num_rows)
+    own_steps = jnp.maximum(jnp.any(epoch.examples.weights > 0, axis=(1, 2)).sum(), 1)
+    return Trained(rows, jax.tree.map(jnp.subtract, dense, shared.dense), private, loss_sum / own_steps)
+
+
+def check_client_optimizer(optimizer: optax.GradientTransformation, model: Model) -> None:
+    """Refuses a client optimizer that keeps state for every item row.
+
+    Rows live for one batch on the client, so momentum on them would be momentum of other items.
+
+    Raises:
+      ValueError: if the optimizer's state for the row parameters is not empty.
+    """
+    shared = jax.eval_shape(model.init_shared, jax.random.key(0))
+    rows = {name: jax.ShapeDtypeStruct((3, 5, table.shape[1]), table.dtype) for name, table in shared.tables.items()}
+    private = jax.eval_shape(model.init_private, jax.random.key(0))
+    state = jax.eval_shape(optimizer.init, {"rows": rows, "dense": shared.dense, "private": private})
+    if any(leaf.shape[:2] == (3, 5) for leaf in jax.tree.leaves(state)):
+        raise ValueError(
+            "The client optimizer keeps state for item rows (momentum, Adam). Use a stateless one for them, as in "
+            "optax.partition({'rows': optax.sgd(0.1), ...}, ...), and put momentum into the server optimizer."
+        )

@@ -1,0 +1,230 @@
+"""The round: sample a cohort, let each client train and transform, sum, transform back, step the server.
+
+Clients go through in chunks of fixed size, in a loop whose trip count follows the cohort: a Poisson cohort of any
+size runs the same compiled program, and memory is set by the chunk. Several rounds run as one call without a word
+from the host.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import dp_accounting
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from fedjax_rec.algorithms.base import Algorithm, ServerState, all_private, client_key
+from fedjax_rec.data.clients import Client, ClientData
+from fedjax_rec.federated.cohort import Sampler
+from fedjax_rec.federated.rows import add_to_total, zero_total
+from fedjax_rec.federated.transforms import UpdateTransform, select_update, update_bits
+
+# Small chunks stay in the cache of a CPU; accelerators want the opposite. Measured by `python -m benchmarks.round`.
+CHUNK_SIZE = {"cpu": 4}
+ACCELERATOR_CHUNK_SIZE = 256
+
+
+class RoundKeys(NamedTuple):
+    """The randomness of a run; each round folds in its number.
+
+    Attributes:
+      cohort: who takes part. Secret, or there is no amplification by sampling.
+      client: what clients draw, folded with the client's id.
+      noise: the noise of the mechanism. Secret, and never used for two different cohorts.
+    """
+
+    cohort: jax.Array
+    client: jax.Array
+    noise: jax.Array
+
+
+class Rounds(NamedTuple):
+    """A compiled training procedure.
+
+    Attributes:
+      init: ``key -> (ServerState, private)``; private leaves have a leading ``[clients]`` axis.
+      run: ``(state, private, keys, num_rounds) -> (state, private, metrics)``. ``state`` and ``private`` are donated.
+        ``num_rounds`` is at most ``span_size``; any number of them is one program, compiled once. Metrics are
+        float32 ``[span_size]`` each, NaN past ``num_rounds``.
+      dp_event: the event of one round, or None if the chain adds no noise.
+      relation: the neighbouring relation that the event is for.
+      upload_bits: mean bits that a client sends in a round, padding included.
+      download_bits: mean bits of the rows and dense leaves that a client receives.
+    """
+
+    init: Callable[[jax.Array], tuple[ServerState, Any]]
+    run: Callable[[ServerState, Any, RoundKeys, int], tuple[ServerState, Any, dict[str, jax.Array]]]
+    dp_event: dp_accounting.DpEvent | None
+    relation: str
+    upload_bits: float
+    download_bits: float
+
+
+def make_rounds(
+    algorithm: Algorithm,
+    transforms: UpdateTransform,
+    sampler: Sampler,
+    clients: ClientData,
+    *,
+    span_size: int = 100,
+    chunk_size: int | None = None,
+    mesh: Mesh | None = None,
+) -> Rounds:
+    """Compiles an algorithm, a chain of update transforms and a sampler into rounds over a population.
+
+    Args:
+      algorithm: what clients and the server do.
+      transforms: the chain; ``chain()`` for none.
+      sampler: who takes part; made for ``clients.num_clients``.
+      clients: the population, laid out for as many shards as the mesh has devices.
+      span_size: most rounds that one call runs; sets the length of the metrics.
+      chunk_size: clients that run side by side; by default chosen for the backend. Never changes a result.
+      mesh: devices with one axis ``"clients"``; None for one device.
+
+    Raises:
+      ValueError: if the parts do not fit together; the message says which and why.
+    """
+    dp_event = transforms.dp_event(None)
+    _check(algorithm, dp_event, clients, mesh)
+    chunk_size = chunk_size or CHUNK_SIZE.get(jax.default_backend(), ACCELERATOR_CHUNK_SIZE)
+    buckets = jax.device_put(clients.buckets, None if mesh is None else NamedSharding(mesh, P("clients")))
+    num_private = clients.num_shards * clients.clients_per_shard
+
+    def init(key):
+        server_key, private_key = jax.random.split(key)
+        state = algorithm.init(server_key)
+        state = state._replace(transforms=transforms.init(state.shared))
+        private = all_private(algorithm, private_key, num_private)
+        if mesh is not None:
+            state = jax.device_put(state, NamedSharding(mesh, P()))
+            private = jax.device_put(private, NamedSharding(mesh, P("clients")))
+        return state, private
+
+    def cohort_sum(state, private, buckets, in_cohort, key):
+        """The sum of transformed updates over the cohort, new private state, summed client metrics."""
+        first_id = 0 if mesh is None else jax.lax.axis_index("clients") * clients.clients_per_shard
+        sums = _zero_sums(algorithm, transforms, state, private, buckets[0], key)
+        for bucket in buckets:
+            sums, private = _bucket_sum(
+                algorithm, transforms, state, bucket, in_cohort, key, chunk_size, first_id, sums, private
+            )
+        return (sums if mesh is None else jax.lax.psum(sums, "clients")), private
+
+    if mesh is not None:
+        by_client = P("clients")
+        cohort_sum = jax.shard_map(
+            cohort_sum,
+            mesh=mesh,
+            in_specs=(P(), by_client, by_client, P(), P()),
+            out_specs=(P(), by_client),
+            check_vma=False,
+        )
+
+    def one_round(state, private, buckets, keys):
+        cohort_key, clients_key, noise_key = (jax.random.fold_in(key, state.round) for key in keys)
+        in_cohort = sampler.draw(cohort_key)
+        (total, metrics), private = cohort_sum(state, private, buckets, in_cohort, clients_key)
+        total, transform_state = transforms.server(total, state.transforms, noise_key)
+        aggregate = jax.tree.map(lambda x: x / sampler.expected_size, total)
+        state = algorithm.server_update(state, aggregate)
+        state = state._replace(round=state.round + 1, transforms=transform_state)
+        cohort_size = in_cohort.sum().astype(jnp.float32)
+        metrics = {name: value / jnp.maximum(cohort_size, 1.0) for name, value in metrics.items()}
+        return state, private, metrics | {"cohort_size": cohort_size}
+
+    def span(state, private, buckets, keys, num_rounds):
+        shapes = jax.eval_shape(one_round, state, private, buckets, keys)[2]
+        history = {name: jnp.full(span_size, jnp.nan) for name in shapes}
+
+        def body(i, carry):
+            state, private, history = carry
+            state, private, metrics = one_round(state, private, buckets, keys)
+            return state, private, {name: values.at[i].set(metrics[name]) for name, values in history.items()}
+
+        return jax.lax.fori_loop(0, num_rounds, body, (state, private, history))
+
+    compiled = jax.jit(span, donate_argnums=(0, 1))
+
+    def run(state, private, keys, num_rounds=1):
+        if not 1 <= num_rounds <= span_size:
+            raise ValueError(f"num_rounds must be between 1 and span_size={span_size}; got {num_rounds}.")
+        return compiled(state, private, buckets, keys, jnp.asarray(num_rounds, jnp.int32))
+
+    upload_bits, download_bits = _traffic(algorithm, transforms, clients)
+    event = None if dp_event is None else sampler.dp_event(dp_event)
+    return Rounds(init, run, event, sampler.relation, upload_bits, download_bits)
+
+
+def _one_client(algorithm, transforms, state, private, client: Client, num_steps, key):
+    key = client_key(key, client.client_id)
+    train_key, transform_key = jax.random.split(key)
+    output = algorithm.client_update(state.shared, private, client, num_steps, train_key)
+    update, metrics = transforms.client(output.update, state.transforms, transform_key)
+    return update, output.private, output.metrics | metrics
+
+
+def _bucket_sum(algorithm, transforms, state, bucket, in_cohort, key, chunk_size, first_id, sums, private):
+    """Adds one bucket's members of the cohort to the sums, a chunk at a time."""
+    size = bucket.client_id.shape[0]
+    member = in_cohort.at[bucket.client_id].get(mode="fill", fill_value=False)
+    num_chunks = -(-size // chunk_size)
+    chosen = jnp.flatnonzero(member, size=num_chunks * chunk_size, fill_value=size)
+
+    def chunk(i, carry):
+        (total, metric_sums), private = carry
+        index = jax.lax.dynamic_slice(chosen, (i * chunk_size,), (chunk_size,))
+        active = index < size
+        rows = jax.tree.map(lambda x: x.at[index].get(mode="clip"), bucket)
+        own = jnp.where(active, rows.client_id - first_id, jnp.iinfo(jnp.int32).max)
+        num_steps = jnp.max(jnp.where(active, jax.vmap(algorithm.num_steps)(rows), 0))
+
+        def one(private, client):
+            return _one_client(algorithm, transforms, state, private, client, num_steps, key)
+
+        private_rows = jax.tree.map(lambda x: x.at[own].get(mode="clip"), private)
+        update, new_private, metrics = jax.vmap(one)(private_rows, rows)
+        update = jax.vmap(select_update)(active, update)
+        private = jax.tree.map(lambda x, new: x.at[own].set(new, mode="drop"), private, new_private)
+        metric_sums = {name: s + jnp.sum(jnp.where(active, metrics[name], 0)) for name, s in metric_sums.items()}
+        return (add_to_total(total, update), metric_sums), private
+
+    trips = (member.sum() + chunk_size - 1) // chunk_size
+    return jax.lax.fori_loop(0, trips, chunk, (sums, private))
+
+
+def _zero_sums(algorithm, transforms, state, private, bucket, key):
+    first = jax.tree.map(lambda x: x[0], (private, bucket))
+    update, _, metrics = jax.eval_shape(
+        lambda private, client: _one_client(algorithm, transforms, state, private, client, jnp.int32(1), key), *first
+    )
+    return zero_total(update), {name: jnp.zeros(()) for name in metrics}
+
+
+def _traffic(algorithm, transforms, clients: ClientData) -> tuple[float, float]:
+    """Mean upload and download bits per client, weighted over buckets."""
+    key = jax.random.key(0)
+    state = jax.eval_shape(algorithm.init, key)
+    private = jax.eval_shape(algorithm.init_private, key)
+    up = down = total = 0.0
+    for bucket in clients.buckets:
+        client = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), bucket)
+        steps = jax.ShapeDtypeStruct((), jnp.int32)
+        output = jax.eval_shape(algorithm.client_update, state.shared, private, client, steps, key)
+        num = bucket.client_id.shape[0]
+        bits = update_bits(output.update)
+        up, down, total = up + num * transforms.upload_bits(bits, output.update), down + num * bits, total + num
+    return up / total, down / total
+
+
+def _check(algorithm, dp_event, clients, mesh) -> None:
+    shards = 1 if mesh is None else mesh.shape["clients"]
+    if clients.num_shards != shards:
+        raise ValueError(f"The clients are laid out for {clients.num_shards} devices and the mesh has {shards}.")
+    if dp_event is not None and algorithm.individual:
+        raise ValueError("This algorithm looks at single uploads; central DP covers only their noised sum.")
+    if dp_event is not None and algorithm.unbounded_weights:
+        raise ValueError(
+            "Weights by number of examples have no public bound, so the divisor would reveal data. "
+            "Set max_examples, or weigh uniformly."
+        )

@@ -1,0 +1,103 @@
+"""User-level differential privacy: bound what one client can change, then add noise once per round.
+
+`clip_by_global_norm` and `gaussian_noise` are links of the update chain. The clip bounds the sum's L2 sensitivity
+under adding or removing one client; the noise is drawn once on the whole sum, whoever took part.
+"""
+
+import dp_accounting
+import jax
+import jax.numpy as jnp
+
+from fedjax_rec.federated.rows import is_rows, merge_duplicates
+from fedjax_rec.federated.transforms import UpdateTransform, chain, scale_update, select_update
+
+
+def global_norm(update) -> jax.Array:
+    """The joint L2 norm of one client's update over row values and dense leaves, as a float32 scalar.
+
+    Rows must be unique (see `merge_duplicates`): the norm of a list with duplicate ids is not that of the update.
+    """
+    leaves = [leaf.values if is_rows(leaf) else leaf for leaf in jax.tree.leaves(update, is_leaf=is_rows)]
+    return jnp.sqrt(sum(jnp.sum(jnp.square(leaf.astype(jnp.float32))) for leaf in leaves))
+
+
+def clip_by_global_norm(l2_clip_norm: float) -> UpdateTransform:
+    """Scales each client's update down to a joint L2 norm of at most ``l2_clip_norm``.
+
+    Guarantee: whatever a client computes (duplicate rows, zeros, infinities, NaN), what it adds to the sum has L2
+    norm at most ``l2_clip_norm``, up to float32 rounding. A non-finite update becomes a zero update; the metric
+    ``nonfinite`` counts them, ``clipped`` is the share of the cohort that was scaled down.
+
+    Args:
+      l2_clip_norm: bound in units of the update, > 0.
+
+    Raises:
+      ValueError: if the bound is not a positive finite number.
+    """
+    if not 0 < l2_clip_norm < float("inf"):
+        raise ValueError(f"l2_clip_norm must be a positive finite number; got {l2_clip_norm}.")
+
+    def client(update, state, key):
+        del state, key
+        update = jax.tree.map(lambda x: merge_duplicates(x) if is_rows(x) else x, update, is_leaf=is_rows)
+        finite = jnp.stack([jnp.all(jnp.isfinite(x)) for x in _numbers(update)]).all()
+        update = select_update(finite, update)
+        # Scaling by the largest entry first keeps the square of a huge update (1e30) from overflowing to infinity.
+        largest = jnp.maximum(jnp.stack([jnp.max(jnp.abs(x), initial=0.0) for x in _numbers(update)]).max(), 1e-30)
+        norm = global_norm(scale_update(update, 1 / largest)) * largest
+        clipped = norm > l2_clip_norm
+        # The select leaves a zero update alone: no division by its norm.
+        factor = jnp.where(clipped, l2_clip_norm / jnp.where(clipped, norm, 1.0), 1.0)
+        metrics = {"clipped": clipped.astype(jnp.float32), "nonfinite": (~finite).astype(jnp.float32)}
+        return scale_update(update, factor), metrics | {"update_norm": norm}
+
+    return UpdateTransform(client=client, sensitivity=lambda bound: l2_clip_norm)
+
+
+def _numbers(update) -> list[jax.Array]:
+    return [x.values if is_rows(x) else x for x in jax.tree.leaves(update, is_leaf=is_rows)]
+
+
+def gaussian_noise(stddev: float) -> UpdateTransform:
+    """Adds Gaussian noise to the sum over clients, once per round, on every entry of every table and dense leaf.
+
+    Guarantee: together with an earlier clip at C, each round's sum is a Gaussian mechanism with noise multiplier
+    ``stddev / C`` for adding or removing one client; everything computed from it is post-processing. An empty
+    cohort is noised like any other.
+
+    Args:
+      stddev: standard deviation in units of the update, >= 0. Zero adds nothing and claims nothing.
+
+    Raises:
+      ValueError: if ``stddev`` is negative or infinite, or (from `chain`) if no earlier link bounds the sensitivity.
+    """
+    if not 0 <= stddev < float("inf"):
+        raise ValueError(f"The noise's standard deviation must be finite and not negative; got {stddev}.")
+
+    def server(total, state, key):
+        leaves, structure = jax.tree.flatten(total)
+        keys = jax.random.split(key, len(leaves))
+        noised = [leaf + stddev * jax.random.normal(k, leaf.shape) for leaf, k in zip(leaves, keys, strict=True)]
+        return jax.tree.unflatten(structure, noised), state
+
+    def dp_event(bound):
+        if stddev == 0:
+            return dp_accounting.NonPrivateDpEvent()
+        if bound is None:
+            raise ValueError("gaussian_noise needs an earlier link that bounds the update: put a clip before it.")
+        return dp_accounting.GaussianDpEvent(stddev / bound)
+
+    return UpdateTransform(server=server, dp_event=dp_event)
+
+
+def user_level_dp(*, l2_clip_norm: float, noise_multiplier: float) -> UpdateTransform:
+    """Clip to ``l2_clip_norm``, then noise of standard deviation ``noise_multiplier * l2_clip_norm`` on the sum.
+
+    DP-FedAvg of McMahan et al., 2018, "Learning Differentially Private Recurrent Language Models".
+
+    Guarantee: user-level; add-or-remove-one; the released sequence is the server's states; the sampler's event says
+    with which cohorts it is amplified.
+    """
+    if noise_multiplier < 0:
+        raise ValueError(f"noise_multiplier must not be negative; got {noise_multiplier}.")
+    return chain(clip_by_global_norm(l2_clip_norm), gaussian_noise(noise_multiplier * l2_clip_norm))

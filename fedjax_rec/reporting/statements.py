@@ -1,0 +1,78 @@
+"""Privacy statements in words: what must stand beside every epsilon."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from fedjax_rec.reporting.formatting import format_delta, format_epsilon
+
+# What must stand beside an epsilon, and how to recognise it in a caption or a note.
+STATEMENT_PARTS = {
+    "unit": r"\b\w+-level\b",
+    "delta": r"(δ|\bdelta)\s*=\s*\S",
+    "relation": r"\b(add/remove|replace|neighbou?rs)\b",
+    "sampler": r"(\bPoisson\b|\bwithout replacement\b|\ball clients\b|\bsampling\b)",
+}
+
+UNITS = {"user": "user-level", "example": "example-level"}
+RELATIONS = {
+    "add_remove": "add/remove one",
+    "add_remove_one": "add/remove one",
+    "add_or_remove_one": "add/remove one",
+    "replace": "replace one",
+    "replace_one": "replace one",
+    "replace_special": "replace special",
+}
+SAMPLERS = {
+    "poisson": "Poisson",
+    "fixed_size": "fixed-size without replacement",
+    "without_replacement": "without replacement",
+    "all": "all clients",
+    "all_clients": "all clients",
+    "full": "all clients",
+    "full_participation": "all clients",
+}
+
+
+def epsilon_label(privacy: Mapping[str, Any] | None) -> str:
+    """A whole privacy statement in one line: `ε = 7.98 (user-level, add/remove one, Poisson, δ = 1e-5)`.
+
+    Args:
+      privacy: a mapping with `epsilon`, `delta`, `unit`, `relation` and `sampler`, or None for a run without
+        differential privacy.
+
+    Returns:
+      The label; `no DP` for None. Epsilon and delta are rounded up.
+
+    Raises:
+      ValueError: if one of the five is missing.
+    """
+    if privacy is None:
+        return "no DP"
+    return f"ε = {format_epsilon(privacy.get('epsilon'))} ({', '.join(statement_parts(privacy))})"
+
+
+def statement_parts(privacy: Mapping[str, Any]) -> tuple[str, str, str, str]:
+    """What belongs beside an epsilon, in words: unit, relation, sampler, `δ = ...`.
+
+    Raises:
+      ValueError: if one of these, or the epsilon itself, is missing.
+    """
+    missing = [name for name in ("epsilon", "unit", "relation", "sampler", "delta") if privacy.get(name) is None]
+    if missing:
+        raise ValueError(
+            f"The privacy statement {dict(privacy)} lacks {', '.join(missing)}: an epsilon is only reported with unit, "
+            "neighbouring relation, sampler and delta."
+        )
+    unit = in_words(privacy["unit"], UNITS, otherwise="{}-level")
+    relation = in_words(privacy["relation"], RELATIONS, otherwise="{} neighbours")
+    sampler = in_words(privacy["sampler"], SAMPLERS, otherwise="{} sampling")
+    return unit, relation, sampler, f"δ = {format_delta(privacy['delta'])}"
+
+
+def in_words(name: object, words: Mapping[str, str], *, otherwise: str = "{}") -> str:
+    """The words for a config value; unknown values are kept, in readable form."""
+    text = str(name).strip()
+    known = words.get(text.lower().replace("-", "_").replace(" ", "_").replace("/", "_"))
+    if known or text in words.values():
+        return known or text
+    return otherwise.format(text.replace("_", " "))
