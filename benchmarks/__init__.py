@@ -1,1 +1,1 @@
-"""What measures speed, memory and scale: each module runs with `python -m benchmarks.NAME`; the library imports none."""
+"""What measures speed, memory and scale: run as `python -m benchmarks.NAME`; the library imports none of it."""

@@ -1,7 +1,7 @@
 """One round of the benchmark's work in plain NumPy, float64: the answer that a fast program must give to be compared.
 
-It is written for reading and not for speed, and shares no code with the library. The gradients are by hand: for a batch of
-n examples with logits z = items[x] @ out + bias and residual r = (sigmoid(z) - y) / n of the mean binary cross-entropy,
+It is written for reading and not for speed, and shares no code with the library. The gradients are by hand: for a batch
+of n examples with logits z = items[x] @ out + bias and residual r = (sigmoid(z) - y) / n of the mean cross-entropy,
 
     d/d items[i] = sum of r over the examples of item i, times out      d/d out = r @ items[x]      d/d bias = sum of r
 """

@@ -1,10 +1,10 @@
 """The work that every program in a speed comparison does: one round of federated logistic matrix factorisation.
 
-A client holds its positive items and four uniform negatives for each, in one fixed shuffled order. The model is an item
-table `[num_items, 32]`, an output vector `[32]` and a bias; the score of item i is `items[i] @ out + bias`. A client runs
-one epoch of SGD on the mean binary cross-entropy of batches of 256 in the given order (the last batch is as long as what
-is left) and sends trained minus received parameters; the server adds the mean over clients (FedAvg: McMahan et al. 2017,
-"Communication-Efficient Learning of Deep Networks from Decentralized Data").
+A client holds its positive items and four uniform negatives for each, in one fixed shuffled order. The model is an
+item table `[num_items, 32]`, an output vector `[32]` and a bias; the logit of item i is `items[i] @ out + bias`. A client
+runs one epoch of SGD on the mean binary cross-entropy of batches of 256 in the given order (the last batch is as long as
+what is left) and sends trained minus received parameters; the server adds the mean over clients (FedAvg: McMahan et al.
+2017, "Communication-Efficient Learning of Deep Networks from Decentralized Data").
 
 Only NumPy is imported here, because the programs of other frameworks import this file inside their own environments.
 """
@@ -130,7 +130,7 @@ def find_u_data(data_dir: str | Path) -> Path:
 
 
 def initial_params(num_items: int, *, seed: int = 0) -> dict[str, np.ndarray]:
-    """The parameters that round 0 starts from, float32: items `[num_items, DIM]` normal, out `[DIM]` 0.1, bias `[]` 0."""
+    """The parameters before round 0, float32: items `[num_items, DIM]` normal, out `[DIM]` 0.1, bias `[]` 0."""
     items = np.random.default_rng(seed).standard_normal((num_items, DIM), dtype=np.float32)
     return {"items": items, "out": np.full(DIM, 0.1, np.float32), "bias": np.zeros((), np.float32)}
 
@@ -141,7 +141,9 @@ def _from_pairs(users: np.ndarray, items: np.ndarray, *, num_items: int | None, 
     names, item_ids = np.unique(items, return_inverse=True)
     num_items = len(names) if num_items is None else num_items
     if num_items < len(names):
-        raise ValueError(f"num_items={num_items} is smaller than the {len(names)} items in the data; pass at least that.")
+        raise ValueError(
+            f"num_items={num_items} is smaller than the {len(names)} items in the data; pass at least that."
+        )
     grouped = np.split(item_ids[np.argsort(user_ids, kind="stable")], np.cumsum(counts)[:-1])
     rng = np.random.default_rng(seed)
     examples = [_examples(positives, num_items, rng) for positives in grouped]

@@ -1,11 +1,12 @@
 """Times the benchmark's round in fedjax (Ro et al. 2021, "FedJAX"), without privacy, which fedjax does not have.
 
     python -m venv .venv && .venv/bin/pip install fedjax==0.0.17
-    .venv/bin/python -m benchmarks.peer_programs.fedjax_round U_DATA --items 1682 --rounds 6      # from the repository root
+    .venv/bin/python -m benchmarks.peer_programs.fedjax_round U_DATA --items 1682 --rounds 6  # from the repository root
 
-It runs fedjax's jit backend: its pmap backend fails on current JAX. Two things differ from the workload, and the check allows
-for them: the last batch of a client is filled up to 256 with the client's first examples (a fixed shape, so nothing is
-compiled again), and clients are weighted by their number of examples. The fixed order saves fedjax its shuffling.
+It runs fedjax's jit backend: its pmap backend fails on current JAX. Two things differ from the workload, and the check
+allows for them: the last batch of a client is filled up to 256 with the client's first examples (a fixed shape, so
+nothing is compiled again), and clients are weighted by their number of examples. The fixed order saves fedjax its
+shuffling.
 """
 
 import time

@@ -1,6 +1,6 @@
 """Times the benchmark's round as most people would first write it in JAX: a Python loop over clients, without privacy.
 
-    python -m benchmarks.peer_programs.naive_jax_round U_DATA --items 1682 --rounds 6             # from the repository root
+    python -m benchmarks.peer_programs.naive_jax_round U_DATA --items 1682 --rounds 6  # from the repository root
 
 A client's update is one jitted function over its padded batches, compiled once for each number of batches, and every
 update is a whole item table.

@@ -1,7 +1,7 @@
 """Times the benchmark's round in pfl (Granqvist et al. 2024, "pfl-research"), with its central Gaussian mechanism.
 
     python -m venv .venv && .venv/bin/pip install torch==2.13.0 'pfl[pytorch]==0.6.0'
-    .venv/bin/python -m benchmarks.peer_programs.pfl_round U_DATA --items 1682 --rounds 6         # from the repository root
+    .venv/bin/python -m benchmarks.peer_programs.pfl_round U_DATA --items 1682 --rounds 6  # from the repository root
 
 Every round clips each client's update to a joint l2 norm of 1 and adds noise of standard deviation 1 to the sum once.
 """
@@ -55,7 +55,7 @@ class LogisticFactors(torch.nn.Module):
 
 
 class Stopwatch(TrainingProcessCallback):
-    """Hands the seconds since the last round to `tell(number, seconds)`; a callback is pfl's only way to see a round end."""
+    """Hands each round's seconds to `tell(number, seconds)`; a callback is how pfl says that a round has ended."""
 
     def __init__(self, tell):
         self.tell = tell

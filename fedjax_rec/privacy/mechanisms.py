@@ -40,22 +40,17 @@ def clip_by_global_norm(l2_clip_norm: float) -> UpdateTransform:
     def client(update, state, key):
         del state, key
         update = jax.tree.map(lambda x: merge_duplicates(x) if is_rows(x) else x, update, is_leaf=is_rows)
-        finite = jnp.stack([jnp.all(jnp.isfinite(x)) for x in _numbers(update)]).all()
-        update = select_update(finite, update)
-        # Scaling by the largest entry first keeps the square of a huge update (1e30) from overflowing to infinity.
-        largest = jnp.maximum(jnp.stack([jnp.max(jnp.abs(x), initial=0.0) for x in _numbers(update)]).max(), 1e-30)
-        norm = global_norm(scale_update(update, 1 / largest)) * largest
+        # One pass decides all: a NaN, an infinity, or a norm beyond 1.8e19 (whose square overflows) is not finite.
+        norm = global_norm(update)
+        finite = jnp.isfinite(norm)
         clipped = norm > l2_clip_norm
         # The select leaves a zero update alone: no division by its norm.
         factor = jnp.where(clipped, l2_clip_norm / jnp.where(clipped, norm, 1.0), 1.0)
-        metrics = {"clipped": clipped.astype(jnp.float32), "nonfinite": (~finite).astype(jnp.float32)}
-        return scale_update(update, factor), metrics | {"update_norm": norm}
+        update = select_update(finite, scale_update(update, factor))
+        metrics = {"clipped": (finite & clipped).astype(jnp.float32), "nonfinite": (~finite).astype(jnp.float32)}
+        return update, metrics | {"update_norm": jnp.where(finite, norm, 0.0)}
 
     return UpdateTransform(client=client, sensitivity=lambda bound: l2_clip_norm)
-
-
-def _numbers(update) -> list[jax.Array]:
-    return [x.values if is_rows(x) else x for x in jax.tree.leaves(update, is_leaf=is_rows)]
 
 
 def gaussian_noise(stddev: float) -> UpdateTransform:

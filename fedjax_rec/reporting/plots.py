@@ -1,4 +1,4 @@
-"""The figures of a run and of a data set, each from plain arrays to a matplotlib `Figure` (`style.to_svg`, `to_png`)."""
+"""The figures of a run and of a data set, each from plain arrays to a matplotlib `Figure` for `style.to_svg`."""
 
 from collections.abc import Mapping, Sequence
 
@@ -23,7 +23,7 @@ from fedjax_rec.reporting.style import (
     thin_out,
 )
 
-LABEL_SHARE = 0.18  # of a figure's width, for the names beside its curves
+LABEL_SHARE = 0.165  # of a figure's width, for the names beside its curves
 REFERENCE_LOOKS = {"non-private": (GREEN, "--"), "popularity": (VERMILION, "-."), "DP popularity": (PINK, ":")}
 
 
@@ -249,7 +249,7 @@ def _references(axes: Axes, values: Sequence[float], references: Mapping[str, fl
 
 def _look(reference: str) -> tuple[str, object]:
     """Colour and dashes of a reference line."""
-    return REFERENCE_LOOKS.get(reference.split(" (")[0], (MUTED, (0, (1, 2))))
+    return REFERENCE_LOOKS.get(reference, (MUTED, (0, (1, 2))))
 
 
 def _from_zero(axes: Axes, values: Sequence[float]) -> None:

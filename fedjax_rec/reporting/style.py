@@ -1,6 +1,7 @@
-"""The one look of every figure: palette, type, axes, and writing a figure as SVG or PNG without pyplot's global state."""
+"""The one look of every figure: palette, type and axes; and a figure as SVG or PNG without pyplot's global state."""
 
 import io
+import itertools
 import re
 
 import matplotlib
@@ -58,7 +59,7 @@ def new_figure(*, num_panels: int = 1, label_share: float = 0.0) -> tuple[Figure
     figure = Figure(figsize=(5.0 * num_panels, 3.0))
     FigureCanvasAgg(figure)
     axes = figure.subplots(1, num_panels, squeeze=False)[0]
-    left, right = 0.105 / num_panels, 1 - 0.03 / num_panels - label_share
+    left, right = 0.105 / num_panels, 1 - 0.045 / num_panels - label_share
     figure.subplots_adjust(left=left, right=right, bottom=0.165, top=0.89, wspace=0.2)
     return figure, list(axes)
 
@@ -99,7 +100,7 @@ def thin_out(x: np.ndarray, y: np.ndarray, *, max_points: int = MAX_POINTS) -> t
     if len(x) <= max_points:
         return x, y
     edges = np.linspace(0, len(x), (max_points - 2) // 2 + 1).astype(int)
-    stretches = [(start, y[start:stop]) for start, stop in zip(edges[:-1], edges[1:], strict=True)]
+    stretches = [(start, y[start:stop]) for start, stop in itertools.pairwise(edges)]
     kept = {0, len(x) - 1}
     kept.update(start + int(part.argmin()) for start, part in stretches)
     kept.update(start + int(part.argmax()) for start, part in stretches)
