@@ -21,7 +21,7 @@ class Contestant:
       module: the program, run by `python -m`.
       flags: its own flags.
       requirements: what pip installs into its own environment; empty = the environment of this process.
-      note: how its work differs from the workload, if it does.
+      note: how it works, where that differs from the workload.
     """
 
     name: str
@@ -37,8 +37,22 @@ class Contestant:
 OURS = "fedjax_rec-dp"  # every ratio is against this row
 
 CONTESTANTS = (
-    Contestant(OURS, "fedjax_rec", "fedjax_rec, private", "user-level: clip + noise", "benchmarks.round", ("--dp",)),
-    Contestant("fedjax_rec", "fedjax_rec", "fedjax_rec", "none", "benchmarks.round", ("--no-dp",)),
+    Contestant(
+        name=OURS,
+        family="fedjax_rec",
+        label="fedjax_rec, private",
+        privacy="user-level: clip + noise",
+        module="benchmarks.round",
+        flags=("--dp",),
+    ),
+    Contestant(
+        name="fedjax_rec",
+        family="fedjax_rec",
+        label="fedjax_rec",
+        privacy="none",
+        module="benchmarks.round",
+        flags=("--no-dp",),
+    ),
     Contestant(
         name="fedjax",
         family="fedjax",
@@ -46,8 +60,9 @@ CONTESTANTS = (
         privacy="none",
         module="benchmarks.peer_programs.fedjax_round",
         requirements=("fedjax==0.0.17",),
-        note="jit backend, with the `jax.tree_map` that it needs put back; it fills the last batch of a client up with that "
-        "client's first examples and weights clients by their number of examples (and is checked against just that).",
+        note="its jit backend, with the `jax.tree_map` that it looks up put back; it fills a client's last batch up "
+        "with that client's first examples and weights clients by their number of examples, and is checked against "
+        "just that",
     ),
     Contestant(
         name="pfl",
@@ -56,7 +71,7 @@ CONTESTANTS = (
         privacy="user-level: clip + noise",
         module="benchmarks.peer_programs.pfl_round",
         requirements=("torch==2.13.0", "pfl[pytorch]==0.6.0"),
-        note="PyTorch; central Gaussian mechanism; the check is made without it.",
+        note="its PyTorch backend and central Gaussian mechanism, which is left out of the check",
     ),
     Contestant(
         name="naive",
@@ -64,7 +79,7 @@ CONTESTANTS = (
         label="plain JAX loop",
         privacy="none",
         module="benchmarks.peer_programs.naive_jax_round",
-        note="a Python loop over clients around one jitted update, whole item tables as updates.",
+        note="a Python loop over clients around one jitted update; updates are whole item tables",
     ),
 )
 
@@ -74,9 +89,14 @@ class ProgramFailedError(RuntimeError):
 
 
 def environment(contestant: Contestant, venv_dir: Path, *, say: Callable[[str], None]) -> Path:
-    """Returns the Python that runs a contestant, making its virtual environment if it is not there yet.
+    """Returns the Python that runs a contestant, and makes its virtual environment if it is not there yet.
 
-    A file `requirements.txt` inside marks an environment as complete; one with other contents is made anew.
+    A file `installed.txt` inside marks an environment as complete; one that holds other requirements is made anew.
+
+    Args:
+      contestant: whose environment.
+      venv_dir: the folder of all environments; this one is the folder inside it that has the contestant's name.
+      say: gets a line of progress before something is installed.
 
     Raises:
       ProgramFailedError: pip could not install the requirements.
@@ -85,32 +105,43 @@ def environment(contestant: Contestant, venv_dir: Path, *, say: Callable[[str], 
         return Path(sys.executable)
     folder = venv_dir.resolve() / contestant.name
     python = folder / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
-    wanted, mark = "\n".join(contestant.requirements), folder / "requirements.txt"
+    mark, wanted = folder / "installed.txt", "\n".join(contestant.requirements)
     if python.exists() and mark.is_file() and mark.read_text() == wanted:
         return python
-    say(f"{contestant.name}: installing {', '.join(contestant.requirements)} into {folder} (once; minutes)")
-    venv.create(folder, clear=True, with_pip=True)
-    pip = [str(python), "-m", "pip", "install", "--quiet", *contestant.requirements]
-    done = subprocess.run(pip, capture_output=True, text=True)
-    if done.returncode:
+    say(f"{contestant.label}: installing {', '.join(contestant.requirements)} into {folder}, once")
+    venv.create(folder, clear=True, with_pip=True, symlinks=os.name != "nt")
+    install = [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check", *contestant.requirements]
+    pip = subprocess.run(install, capture_output=True, text=True)
+    if pip.returncode:
         raise ProgramFailedError(
-            f"pip could not install {', '.join(contestant.requirements)} into {folder}: {_last_line(done.stderr)}. The first "
-            "run needs a package index; without a network, use --only fedjax_rec naive, or point --venv-dir to environments "
-            "made elsewhere."
+            f"pip could not install {', '.join(contestant.requirements)} into {folder} ({last_line(pip.stderr)}); "
+            "connect to a package index for the first run, point --venv-dir to environments that are ready, or do "
+            "without by --only fedjax_rec naive."
         )
     mark.write_text(wanted)
     return python
 
 
 def command(
-    contestant: Contestant, python: Path, u_data: Path, *, items: int, config: Config, check: bool
+    contestant: Contestant, u_data: Path, *, python: Path, items: int, rounds: int, warmup: int, check: bool
 ) -> list[str]:
-    """The command line of one turn, to be run from the repository root."""
-    start = [str(python), "-m", contestant.module]
+    """The command line of one turn, for the root of the repository.
+
+    Args:
+      contestant: whose turn it is.
+      u_data: a GroupLens u.data file.
+      python: the interpreter of the contestant's environment.
+      items: rows of the item table.
+      rounds: how many rounds to run.
+      warmup: first rounds that a peer marks as warm-up; our own program drops its first call itself.
+      check: compare a round to the NumPy reference first; our own program always does.
+    """
+    start = [str(python), "-m", contestant.module, *contestant.flags, "--items", str(items)]
     if contestant.family == "fedjax_rec":
-        folder = ["--data-dir", str(u_data.parent), "--repeats", str(config.rounds)]
-        return [*start, "--json", "--items", str(items), *contestant.flags, *folder]
-    rounds = ["--rounds", str(config.rounds), "--warmup", str(config.warmup), *(["--check"] if check else [])]
-    return [*start, str(u_data), "--items", str(items), *contestant.flags, *rounds]
+        return [*start, "--json", "--data-dir", str(u_data.parent), "--repeats", str(rounds)]
+    return [*start, "--rounds", str(rounds), "--warmup", str(warmup), *["--check"] * check, str(u_data)]
 
 
+def last_line(text: str) -> str:
+    """The last line that is not empty: where a program says why it ended."""
+    return next((line.strip() for line in reversed(text.splitlines()) if line.strip()), "it said nothing")

@@ -104,7 +104,8 @@ def fedavg_round(
 
 def max_abs_difference(params: Params, expected: Params) -> float:
     """The largest absolute difference of any parameter; NaN anywhere gives NaN."""
-    return float(max(np.max(np.abs(np.asarray(params[name]) - value)) for name, value in expected.items()))
+    # np.max, because Python's max forgets a NaN that is not the first.
+    return float(np.max([np.max(np.abs(np.asarray(params[name]) - value)) for name, value in expected.items()]))
 
 
 def _sigmoid(z: np.ndarray) -> np.ndarray:

@@ -11,6 +11,7 @@ what `benchmarks/numpy_reference.py` does.
 
 import datetime
 import json
+import math
 import os
 import platform
 import statistics
@@ -18,7 +19,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -26,7 +27,7 @@ import tyro
 
 from benchmarks import workload
 from benchmarks.contestants import CONTESTANTS, OURS, Contestant, ProgramFailedError, command, environment, last_line
-from benchmarks.peers_table import markdown, plot
+from benchmarks.peers_table import Result, markdown, plot
 
 ROOT = Path(__file__).resolve().parents[1]
 Row = dict[str, Any]
@@ -62,7 +63,11 @@ class Config:
 
 
 def run(arguments: Sequence[str], *, say: Callable[[str], None]) -> list[Row]:
-    """Runs a program and returns the JSON lines that it printed; other lines are dropped.
+    """Runs a program from the root of the repository and returns the JSON lines it printed; other lines are dropped.
+
+    Args:
+      arguments: the command line.
+      say: gets a line of progress for each round, as it comes.
 
     Raises:
       ProgramFailedError: it ended with an error; the message is the last line it wrote to stderr.
@@ -71,31 +76,34 @@ def run(arguments: Sequence[str], *, say: Callable[[str], None]) -> list[Row]:
     with tempfile.TemporaryFile("w+") as stderr:
         with subprocess.Popen(arguments, cwd=ROOT, stdout=subprocess.PIPE, stderr=stderr, text=True) as process:
             for line in process.stdout:
-                if not line.startswith("{"):
-                    continue
-                rows.append(json.loads(line))
-                seconds = rows[-1].get("seconds", rows[-1].get("median_s"))
-                say(
-                    f"    {'check' if seconds is None else f'{seconds:.4f} s'}{' (warm-up)' * rows[-1].get('warmup', 0)}"
-                )
+                if line.startswith("{"):
+                    rows.append(json.loads(line))
+                    say(f"    {_progress(rows[-1])}")
         if process.returncode:
             stderr.seek(0)
-            raise ProgramFailedError(
-                f"{' '.join(arguments)} ended with {process.returncode}: {_last_line(stderr.read())}"
-            )
+            reason = last_line(stderr.read())
+            raise ProgramFailedError(f"`{' '.join(arguments)}` ended with {process.returncode}: {reason}")
     return rows
 
 
 def measure(
     contestants: Sequence[Contestant],
     u_data: Path,
-    config: Config,
     *,
+    config: Config,
     pythons: dict[str, Path],
     say: Callable[[str], None],
     run: Callable[..., list[Row]] = run,
 ) -> list[Row]:
     """Gives every contestant its turns, one after the other, at every number of items.
+
+    Args:
+      contestants: who takes turns, in this order.
+      u_data: a GroupLens u.data file.
+      config: which items, how many turns and rounds.
+      pythons: the interpreter of each contestant, by its name.
+      say: gets lines of progress.
+      run: runs one command line and returns the rows that it printed.
 
     Returns:
       What the programs printed, each row with the contestant's `name`, `items` and `turn`; a turn that failed is one
@@ -105,11 +113,18 @@ def measure(
     for turn in range(config.turns):
         for items in config.items:
             for contestant in contestants:
-                python = pythons[contestant.name]
-                say(f"turn {turn + 1} of {config.turns}, {items:,} items: {contestant.label}")
-                line = command(contestant, python, u_data, items=items, config=config, check=turn == 0)
+                say(f"turn {turn + 1} of {config.turns}, {items:,} items: {contestant.label} ({contestant.privacy})")
+                arguments = command(
+                    contestant,
+                    u_data,
+                    python=pythons[contestant.name],
+                    items=items,
+                    rounds=config.rounds,
+                    warmup=config.warmup,
+                    check=turn == 0,
+                )
                 try:
-                    printed = run(line, say=say)
+                    printed = run(arguments, say=say)
                 except ProgramFailedError as error:
                     say(f"    failed: {error}")
                     printed = [{"error": str(error)}]
@@ -117,97 +132,114 @@ def measure(
     return rows
 
 
-def summarise(contestants: Sequence[Contestant], rows: Sequence[Row]) -> list[Row]:
-    """One row for each contestant and number of items: the median seconds of all counted rounds and its ratio to ours.
+def summarise(contestants: Sequence[Contestant], rows: Sequence[Row]) -> list[Result]:
+    """One `Result` for each contestant and number of items, from the rows that `measure` returns.
 
-    A peer prints one row a round; our own program prints the median of a turn, so there the median is over turns.
+    A peer prints `seconds` of each round; our own program prints `median_s` of a turn, so its median is over turns.
     """
-    summary = []
+    results = []
     for items in sorted({row["items"] for row in rows}):
         for contestant in contestants:
             mine = [row for row in rows if row["name"] == contestant.name and row["items"] == items]
-            times = [
-                row["median_s"] if "median_s" in row else row.get("seconds") for row in mine if not row.get("warmup")
-            ]
-            times = sorted(time for time in times if time is not None)
-            facts = {key: row[key] for row in mine for key in ("device", "versions", "clients", "error") if key in row}
-            differences = [row["max_abs_difference"] for row in mine if "max_abs_difference" in row]
-            summary.append(
-                {"name": contestant.name, "items": items, "num_timings": len(times), "seconds": times}
-                | {"median_s": statistics.median(times) if times else None}
-                | {"max_abs_difference": max(differences) if differences else None}
-                | facts
-            )
-    ours = {row["items"]: row["median_s"] for row in summary if row["name"] == OURS and row["median_s"]}
-    for row in summary:
-        known = row["items"] in ours and row["median_s"] is not None
-        row["times_ours"] = row["median_s"] / ours[row["items"]] if known else None
-    return summary
+            results.append(_result(contestant.name, items, mine))
+    ours = {result.items: result.median_s for result in results if result.name == OURS and result.median_s}
+    return [
+        replace(result, times_ours=result.median_s / ours[result.items])
+        if result.median_s and result.items in ours
+        else result
+        for result in results
+    ]
 
 
 def machine() -> Row:
-    """When and where: UTC date, commit, processor, number of CPUs that this process may use, system."""
+    """When and where: UTC date, commit, processor, CPUs that this process may use, their load now (1 min), system."""
     git = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True)
-    models = [line for line in _read("/proc/cpuinfo").splitlines() if line.startswith("model name")]
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.is_file() else []
+    models = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
     return {
         "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
         "commit": git.stdout.strip() or "none",
-        "processor": models[0].split(":", 1)[1].strip() if models else platform.processor() or platform.machine(),
+        "processor": models[0] if models else platform.machine(),
         "cpus": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "load": os.getloadavg()[0] if hasattr(os, "getloadavg") else math.nan,
         "system": platform.platform(terse=True),
     }
 
 
+def write(out: Path, contestants: Sequence[Contestant], results: Sequence[Result], *, stamp: Row) -> None:
+    """Writes peers.jsonl (a line for each result, with the stamp), peers.md and peers.svg into the folder `out`."""
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "peers.jsonl").write_text("".join(json.dumps(asdict(result) | stamp) + "\n" for result in results))
+    (out / "peers.md").write_text(markdown(contestants, results, stamp=stamp))
+    if any(result.median_s for result in results):
+        plot(contestants, results, out / "peers.svg")
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Makes the environments, measures, prints and writes; ends with 1 and a sentence if a program failed."""
+    """Makes the environments, measures, prints and writes; ends with a sentence and 1 if something failed."""
     config = tyro.cli(Config, args=arguments)
+    if config.smoke:
+        config = replace(config, items=(300,), rounds=3, turns=1, only=("fedjax_rec", "naive"))
+    if config.rounds <= config.warmup:
+        raise SystemExit(f"rounds={config.rounds} leaves nothing after warmup={config.warmup}; pass more rounds.")
+    if config.data_dir is None and not config.smoke:
+        raise SystemExit("Pass --data-dir, the folder with MovieLens 100K's u.data, or --smoke to try without data.")
+    contestants = [contestant for contestant in CONTESTANTS if contestant.family in config.only]
 
     def say(words: str) -> None:
         print(words, file=sys.stderr, flush=True)
 
+    stamp = machine() | {"turns": config.turns, "rounds": config.rounds, "warmup": config.warmup}
+    if stamp["load"] > stamp["cpus"] / 4:
+        # Two PyTorch threads that wait for each other on a busy machine were seen to take ten times as long.
+        say(f"The machine is busy (load {stamp['load']:.1f}): times will be long, and pfl's by far too long.")
     with tempfile.TemporaryDirectory() as folder:
         if config.smoke:
-            config = replace(config, items=(300,), rounds=3, turns=1, only=("fedjax_rec", "naive"))
             workload.write_u_data(Path(folder) / "u.data", num_clients=24, num_items=300)
-        elif config.data_dir is None:
-            raise SystemExit(
-                "Pass --data-dir, the folder with MovieLens 100K's u.data, or --smoke to try it without data."
-            )
-        out = config.out or (Path(folder) if config.smoke else ROOT / "benchmarks" / "results")
-        contestants = [contestant for contestant in CONTESTANTS if contestant.family in config.only]
         try:
             u_data = workload.find_u_data(folder if config.smoke else config.data_dir).resolve()
             pythons = {c.name: environment(c, config.venv_dir, say=say) for c in contestants}
         except (FileNotFoundError, ProgramFailedError) as error:
             raise SystemExit(str(error)) from error
-        summary = summarise(contestants, measure(contestants, u_data, config, pythons=pythons, say=say))
-        stamp = machine()
-        write(out, contestants, summary, stamp=stamp, config=config)
-        lines = [json.dumps(row | stamp) for row in summary]
-        print("\n".join(lines) if config.json else markdown(contestants, summary, stamp=stamp, config=config))
-    failed = sorted({row["name"] for row in summary if "error" in row})
+        rows = measure(contestants, u_data, config=config, pythons=pythons, say=say)
+    results = summarise(contestants, rows)
+    lines = [json.dumps(asdict(result) | stamp) for result in results]
+    print("\n".join(lines) if config.json else markdown(contestants, results, stamp=stamp))
+    if config.out or not config.smoke:
+        write(config.out or ROOT / "benchmarks" / "results", contestants, results, stamp=stamp)
+    failed = [f"{result.name} at {result.items:,} items" for result in results if result.error]
     if failed:
-        raise SystemExit(f"These programs failed, and their numbers are incomplete: {', '.join(failed)}.")
+        raise SystemExit(f"The table is incomplete, because a program failed: {', '.join(failed)}.")
 
 
-def _seconds(value: float | None) -> str:
-    """Three digits, or a dash."""
-    return "-" if value is None else f"{value:.3g}"
+def _result(name: str, items: int, rows: Sequence[Row]) -> Result:
+    """A `Result` without its ratio, from the rows of one contestant at one number of items."""
+    times = [row.get("seconds", row.get("median_s")) for row in rows if not row.get("warmup")]
+    seconds = tuple(sorted(time for time in times if time is not None))
+    differences = [row["max_abs_difference"] for row in rows if "max_abs_difference" in row]
+    said = {key: value for row in rows for key, value in row.items()}
+    return Result(
+        name=name,
+        items=items,
+        seconds=seconds,
+        median_s=statistics.median(seconds) if seconds else None,
+        times_ours=None,
+        max_abs_difference=max(differences, default=None),
+        clients=said.get("clients"),
+        device=said.get("device"),
+        versions=said.get("versions", {}),
+        error=said.get("error"),
+    )
 
 
-def _ratio(value: float | None) -> str:
-    """Two digits or whole, or a dash."""
-    return "-" if value is None else f"{value:.1f}x" if value < 10 else f"{value:.0f}x"
-
-
-def _last_line(text: str) -> str:
-    """The last line that is not empty."""
-    return next((line.strip() for line in reversed(text.splitlines()) if line.strip()), "it said nothing")
-
-
-def _read(path: str) -> str:
-    """A file's text, or nothing where there is no such file."""
-    return Path(path).read_text() if Path(path).is_file() else ""
+def _progress(row: Row) -> str:
+    """What a printed row says, in a few words."""
+    if "seconds" in row:
+        return f"round {row['round']}: {row['seconds']:.3f} s" + " (warm-up)" * row["warmup"]
+    if "median_s" in row:
+        return f"median of the turn: {row['median_s']:.4f} s"
+    return f"off the NumPy reference by {row['max_abs_difference']:.1e}" if "max_abs_difference" in row else "..."
 
 
 if __name__ == "__main__":

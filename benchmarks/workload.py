@@ -1,10 +1,10 @@
 """The work that every program in a speed comparison does: one round of federated logistic matrix factorisation.
 
 A client holds its positive items and four uniform negatives for each, in one fixed shuffled order. The model is an
-item table `[num_items, 32]`, an output vector `[32]` and a bias; the logit of item i is `items[i] @ out + bias`. A client
-runs one epoch of SGD on the mean binary cross-entropy of batches of 256 in the given order (the last batch is as long as
-what is left) and sends trained minus received parameters; the server adds the mean over clients (FedAvg: McMahan et al.
-2017, "Communication-Efficient Learning of Deep Networks from Decentralized Data").
+item table `[num_items, 32]`, an output vector `[32]` and a bias; the logit of item i is `items[i] @ out + bias`. A
+client runs one epoch of SGD on the mean binary cross-entropy of batches of 256 in the given order (the last batch is
+as long as what is left) and sends trained minus received parameters; the server adds the mean over clients (FedAvg:
+McMahan et al. 2017, "Communication-Efficient Learning of Deep Networks from Decentralized Data").
 
 Only NumPy is imported here, because the programs of other frameworks import this file inside their own environments.
 """

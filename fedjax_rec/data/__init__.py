@@ -1,8 +1,20 @@
-"""Interactions, where they come from, and how they are split."""
+"""Interactions, where they come from, and how they are filtered and split."""
 
 from fedjax_rec.data.align import align as align
+from fedjax_rec.data.files import Candidates as Candidates
+from fedjax_rec.data.files import load_candidates as load_candidates
+from fedjax_rec.data.files import load_file as load_file
+from fedjax_rec.data.filters import Filtered as Filtered
+from fedjax_rec.data.filters import FilterNote as FilterNote
+from fedjax_rec.data.filters import binarize as binarize
+from fedjax_rec.data.filters import k_core as k_core
+from fedjax_rec.data.filters import min_interactions_per_user as min_interactions_per_user
 from fedjax_rec.data.interactions import Interactions as Interactions
 from fedjax_rec.data.interactions import from_rows as from_rows
+from fedjax_rec.data.sources import DATASETS as DATASETS
+from fedjax_rec.data.sources import SPLITS as SPLITS
+from fedjax_rec.data.sources import load as load
+from fedjax_rec.data.sources import load_split as load_split
 from fedjax_rec.data.split import Split as Split
 from fedjax_rec.data.split import global_temporal as global_temporal
 from fedjax_rec.data.split import leave_given_out as leave_given_out
@@ -11,5 +23,7 @@ from fedjax_rec.data.split import predefined_split as predefined_split
 from fedjax_rec.data.split import ratio_split as ratio_split
 from fedjax_rec.data.split import strong_generalization as strong_generalization
 from fedjax_rec.data.split import with_candidates as with_candidates
+from fedjax_rec.data.statistics import DataStatistics as DataStatistics
+from fedjax_rec.data.statistics import statistics as statistics
 from fedjax_rec.data.synthetic import synthetic as synthetic
 from fedjax_rec.data.ties import TIE_RULES as TIE_RULES

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 _ARRAY_DTYPES = {
     "offsets": np.int64,
@@ -157,12 +158,12 @@ class Interactions:
 
 
 def from_rows(
-    users: np.ndarray,
-    items: np.ndarray,
+    users: ArrayLike,
+    items: ArrayLike,
     *,
     name: str,
-    ratings: np.ndarray | None = None,
-    timestamps: np.ndarray | None = None,
+    ratings: ArrayLike | None = None,
+    timestamps: ArrayLike | None = None,
     rating_range: tuple[float, float] | None = None,
     unknown_rating: float | None = None,
     smallest_id: int = 0,
@@ -214,12 +215,10 @@ def from_rows(
 
     keep = np.ones(rows, bool)
     for key, labels in (("user", users), ("item", items)):
-        if labels.dtype.kind == "i" and rows and labels.min() < smallest_id:
-            keep &= repair(
-                labels < smallest_id,
-                f"rows with {key} ids below {smallest_id} dropped",
-                f"has a {key} id below {smallest_id}",
-            )
+        numeric = labels.dtype.kind == "i"
+        what = f"rows with {key} ids below {smallest_id} dropped" if numeric else f"rows without {key} id dropped"
+        why = f"has a {key} id below {smallest_id}" if numeric else f"has no {key} id"
+        keep &= repair(labels < smallest_id if numeric else labels == "", what, why)
     if ratings is not None:
         ratings = np.array(ratings, np.float32)
         unknown = np.zeros(rows, bool) if unknown_rating is None else ratings == unknown_rating
@@ -231,6 +230,7 @@ def from_rows(
         if unknown.any():
             repairs["ratings unknown"] = int(unknown.sum())
     if timestamps is not None:
+        timestamps = np.asarray(timestamps)
         usable = np.isfinite(timestamps) & (timestamps >= 0)
         repair(~usable, "unusable timestamps set to unknown", "does not have a timestamp of 0 or more seconds")
         timestamps = np.where(usable, timestamps, 0).astype(np.int64)
@@ -309,7 +309,7 @@ def _latest_of_duplicates(users: np.ndarray, items: np.ndarray, timestamps: np.n
     return np.sort(order[last])
 
 
-def _labels(values: np.ndarray) -> np.ndarray:
+def _labels(values: ArrayLike) -> np.ndarray:
     """Raw ids as int64 where every one is a whole number in plain form, else as str: "7" and 7 are one label."""
     values = np.asarray(values)
     if values.ndim != 1:
@@ -318,12 +318,20 @@ def _labels(values: np.ndarray) -> np.ndarray:
         return values.astype(np.int64)
     if values.dtype.kind == "f" and np.all(values == np.floor(values)):
         return values.astype(np.int64)
-    text = np.char.decode(values, "utf-8") if values.dtype.kind == "S" else values.astype(str)
+    text = values if values.dtype.kind in "SU" else values.astype(str)
     try:
         whole = text.astype(np.int64)
     except (ValueError, OverflowError):
-        return text
-    return whole if np.array_equal(whole.astype(text.dtype), text) else text
+        whole = None
+    if whole is not None and np.array_equal(_num_characters(whole), np.strings.str_len(text)):
+        return whole
+    return np.strings.decode(text, "utf-8") if text.dtype.kind == "S" else text
+
+
+def _num_characters(whole: np.ndarray) -> np.ndarray:
+    """Length of each number in plain form: "007" and "+7" are longer than that, and so no numbers but labels."""
+    powers = 10 ** np.arange(1, 19, dtype=np.int64)
+    return 1 + np.searchsorted(powers, np.abs(whole), side="right") + (whole < 0)
 
 
 def _check_length(key: str, values: np.ndarray | None, length: int) -> None:

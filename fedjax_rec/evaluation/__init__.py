@@ -6,7 +6,7 @@ from fedjax_rec.evaluation.lists import list_metrics
 from fedjax_rec.evaluation.metrics import MetricState, finalize, metric_names, user_metrics
 from fedjax_rec.evaluation.ratings import RatingErrors, rating_errors
 from fedjax_rec.evaluation.sampled import evaluate_candidates, expect_sampled
-from fedjax_rec.evaluation.scorers import Scorer, constant_scorer, factor_scorer, history_scorer
+from fedjax_rec.evaluation.scorers import Scorer, client_scorer, constant_scorer, factor_scorer, history_scorer
 from fedjax_rec.evaluation.statistics import (
     activity_quartiles,
     bootstrap_interval,
@@ -24,6 +24,7 @@ __all__ = [
     "activity_quartiles",
     "bootstrap_interval",
     "cases",
+    "client_scorer",
     "constant_scorer",
     "evaluate",
     "evaluate_candidates",

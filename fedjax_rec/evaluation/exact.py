@@ -145,7 +145,7 @@ def chunks(cases: Cases, batch_size: int) -> Iterator[tuple[np.ndarray, Chunk]]:
     order = np.argsort(counts, kind="stable") if cases.positives.shape[1] > 1 else np.arange(cases.num_cases)
     num_seen = np.diff(cases.seen_offsets)
     batches = np.split(order, range(batch_size, cases.num_cases, batch_size))
-    longest = max(int(num_seen[rows].sum()) for rows in batches)
+    longest = _rounded_up(max(int(num_seen[rows].sum()) for rows in batches))
     for rows in batches:
         padded = np.concatenate([rows, np.repeat(rows[:1], batch_size - len(rows))])
         seen = num_seen[rows]
@@ -165,6 +165,12 @@ def chunks(cases: Cases, batch_size: int) -> Iterator[tuple[np.ndarray, Chunk]]:
                 num_seen=num_seen[padded].astype(np.int32),
             ),
         )
+
+
+def _rounded_up(size: int) -> int:
+    """At most 1/4 larger, on a coarse grid: validation and test of one split then share a compilation."""
+    step = max(1 << max(size.bit_length() - 3, 0), 256)
+    return -(-size // step) * step
 
 
 def gather_chunks(rows: list[np.ndarray], outputs: list, *, num_cases: int):

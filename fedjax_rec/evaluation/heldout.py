@@ -75,9 +75,9 @@ def cases(split: Split, part: str = "test", *, mask_validation: bool = True) -> 
     if again.any():
         user, item = asked.user_ids[again][0], asked.item_ids[again][0]
         raise ValueError(
-            f"Item {split.train.item_labels[item]} of user {split.train.user_labels[user]} is a {part} positive and also "
-            f"in train, history or validation ({again.sum()} such rows): it is masked and could never be ranked. Drop "
-            "repeated user-item rows before splitting."
+            f"Item {split.train.item_labels[item]} of user {split.train.user_labels[user]} is a {part} positive and "
+            f"also in train, history or validation ({again.sum()} such rows): it is masked and could never be ranked. "
+            "Drop repeated user-item rows before splitting."
         )
     seen = seen[np.isin(seen // stride, user_ids)]
     num_seen = np.bincount(seen // stride, minlength=split.num_users)[user_ids]

@@ -105,6 +105,7 @@ def count_ranks(scorer: Scorer, chunk: Chunk, *, num_items: int, list_size: int,
     # Masked items and the overlap of blocks are at -inf, so they tie with a positive that is scored -inf itself.
     num_masked = chunk.num_seen + (num_blocks * block_size - num_items)
     tied = tied - jnp.where(found.positive_scores == -jnp.inf, num_masked[:, None], 0)
+    better, tied = jnp.where(real, better, 0), jnp.where(real, tied, 0)
     lists = jnp.where(found.top_scores > -jnp.inf, found.top_item_ids, num_items)
     return Counted(Ranks(better, tied, real, num_items - chunk.num_seen), lists, found.has_nan & chunk.real)
 

@@ -46,6 +46,30 @@ class HistoryLinear(NamedTuple):
     weights: jax.Array  # float32 [items, items]
 
 
+class _ForClients(NamedTuple):
+    """A one-client score over a batch of clients. A value, so that equal ones share a compilation."""
+
+    score: Callable[[Any, Any], jax.Array]
+
+    def __call__(self, params: tuple[Any, Any], user_ids: jax.Array) -> jax.Array:
+        shared, private = params
+        batch = jax.tree.map(lambda leaf: leaf[user_ids], private)
+        with jax.default_matmul_precision("highest"):
+            scores = jax.vmap(self.score, in_axes=(None, 0), axis_size=len(user_ids))(shared, batch)
+        return scores
+
+
+def client_scorer(score: Callable[[Any, Any], jax.Array], *, shared: Any, private: Any) -> Scorer:
+    """Scores with the model of one client: what each client would compute from its own private parameters.
+
+    Args:
+      score: `(shared, private of one client) -> [items]`, e.g. `model.score`.
+      shared: parameters that everybody receives.
+      private: pytree with leading axis `[clients]`, row u for user id u; `()` if clients have none.
+    """
+    return Scorer(_ForClients(score), (shared, private))
+
+
 def factor_scorer(user_vectors: jax.Array, item_vectors: jax.Array, *, item_bias: jax.Array | None = None) -> Scorer:
     """Scores `user_vectors @ item_vectors.T + item_bias`, in float32 also where the default would be TF32 or bfloat16.
 

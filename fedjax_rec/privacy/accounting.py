@@ -23,6 +23,7 @@ from dp_accounting.dp_event import DpEvent
 from dp_accounting.pld import PLDAccountant, privacy_loss_distribution
 from dp_accounting.pld.privacy_loss_distribution import PrivacyLossDistribution
 from dp_accounting.rdp import RdpAccountant, compute_epsilon
+from dp_accounting.rdp.rdp_privacy_accountant import DEFAULT_RDP_ORDERS
 
 from fedjax_rec.privacy.events import Terms, describe, flatten
 
@@ -39,6 +40,9 @@ _ADD_OR_REMOVE, _REPLACE = NeighboringRelation.ADD_OR_REMOVE_ONE, NeighboringRel
 
 # Measured on n-fold Gaussians, whose epsilon is known: PLD falls below it from delta = 1e-15 n on.
 _FFT_NOISE_PER_ROUND = 2e-14
+MOST_PLD_EPSILON = 500.0
+"""Epsilon up to which PLDs are used; dp_accounting sums exp(-loss), which underflows from 700 on."""
+
 # Few integer orders: good to a factor of about 1.3, in milliseconds, and without the series that may not converge.
 _QUICK_ORDERS = (2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 256, 512)
 
@@ -85,13 +89,13 @@ def check_claim(*, delta: float, relation: str, unit: str) -> None:
         raise ValueError(f"The unit of privacy must be one of {', '.join(UNITS)}; got {unit!r}.")
 
 
-def delta_warning(delta: float, num_users: int) -> str | None:
-    """A sentence when ``delta`` is too large for a population of ``num_users``, else None."""
+def delta_warning(delta: float, num_users: int, *, unit: str = "user") -> str | None:
+    """A sentence when ``delta`` is too large for a population of ``num_users`` (or examples), else None."""
     if delta < 1 / num_users:
         return None
     return (
-        f"delta {delta:g} is not below 1 / {num_users} users = {1 / num_users:.3g}: a mechanism that publishes one "
-        f"user in full, chosen at random, also satisfies it, so epsilon says little. Use at most {0.1 / num_users:.1g}."
+        f"delta {delta:g} is not below 1 / {num_users} {unit}s = {1 / num_users:.3g}: publishing one {unit} in "
+        f"full, chosen at random, also satisfies it, so epsilon says little. Take at most {0.1 / num_users:.1g}."
     )
 
 
@@ -122,13 +126,15 @@ def privacy_spent(
     trivial = trivial_epsilon(terms)
     if trivial is not None:
         return PrivacySpent(trivial, delta, "none", unit, relation)
+    forced = accountant is not None
     accountant = choose_accountant(terms, delta=delta, relation=relation, accountant=accountant)
     if accountant == ANALYTIC:
-        epsilon = _analytic_epsilon(terms, delta, relation)
-    elif accountant == PLD:
-        epsilon = _refined_pld_epsilon(terms, delta, relation)
+        epsilon = analytic_epsilon(terms, delta, relation)
     else:
-        epsilon = _rdp(terms, relation).get_epsilon(delta)
+        epsilon = _refined_pld_epsilon(terms, delta, relation) if accountant == PLD else math.inf
+        if accountant == RDP or (not forced and beyond_pld(epsilon, terms, relation)):
+            accountant = RDP
+            epsilon = rdp_epsilon(rdp_accountant(terms, relation).rdp, DEFAULT_RDP_ORDERS, delta)
     return PrivacySpent(float(epsilon), delta, accountant, unit, relation)
 
 
@@ -231,10 +237,6 @@ def _single_pld(event: DpEvent, relation: str, interval: float) -> PrivacyLossDi
             return make.from_laplace_mechanism(event.noise_multiplier, **grid)
         case dp_event.DiscreteLaplaceDpEvent():
             return make.from_discrete_laplace_mechanism(event.noise_parameter, event.sensitivity, **grid)
-        case dp_event.MixtureOfGaussiansDpEvent():
-            return make.from_mixture_gaussian_mechanism(
-                event.standard_deviation, event.sensitivities, event.sampling_probs, **grid
-            )
         case dp_event.RandomizedResponseDpEvent():
             return make.from_randomized_response(
                 event.noise_parameter, event.num_buckets, neighboring_relation=neighbors, **grid
@@ -249,7 +251,8 @@ def _single_pld(event: DpEvent, relation: str, interval: float) -> PrivacyLossDi
     return make.from_gaussian_mechanism(scale, sampling_prob=prob, neighboring_relation=neighbors, **grid)
 
 
-def _composed_pld(terms: Terms, relation: str, interval: float) -> PrivacyLossDistribution:
+def composed_pld(terms: Terms, relation: str, interval: float) -> PrivacyLossDistribution:
+    """The PLD of a whole composition, on a grid of spacing ``interval``; only where ``choose_accountant`` says PLD."""
     total = privacy_loss_distribution.identity(interval)
     for event, count in terms:
         single = _single_pld(event, relation, interval)
@@ -264,7 +267,13 @@ def coarse_interval(scale: float) -> float:
 
 def pld_epsilon(terms: Terms, *, delta: float, relation: str, interval: float) -> float:
     """An upper bound on epsilon by PLDs on one grid; the tighter, and slower, the smaller ``interval`` is."""
-    return _composed_pld(terms, relation, interval).get_epsilon_for_delta(delta)
+    with np.errstate(over="ignore"):  # far beyond exp(700) it answers infinity, which is true
+        return composed_pld(terms, relation, interval).get_epsilon_for_delta(delta)
+
+
+def beyond_pld(epsilon: float, terms: Terms, relation: str) -> bool:
+    """Whether a PLD's epsilon is so large that its exponentials overflow, and RDP has a bound instead."""
+    return epsilon > MOST_PLD_EPSILON and all(_rdp_supports(event, relation) for event, _ in terms)
 
 
 def refine_interval(epsilon_at: Callable[[float], float], *, scale: float, tolerance: float) -> tuple[float, float]:
@@ -295,23 +304,30 @@ def _refined_pld_epsilon(terms: Terms, delta: float, relation: str) -> float:
     return refine_interval(epsilon_at, scale=rough_epsilon(terms, delta=delta, relation=relation), tolerance=1e-4)[1]
 
 
-def _analytic_epsilon(terms: Terms, delta: float, relation: str) -> float:
+def analytic_epsilon(terms: Terms, delta: float, relation: str) -> float:
+    """The exact epsilon of one Gaussian (Balle and Wang, 2018, "Improving the Gaussian Mechanism")."""
     (event, _), *_ = terms
     event = _doubled(event) if relation == "replace_one" else event
     return get_epsilon_gaussian(event.noise_multiplier, delta)
 
 
-def _rdp(terms: Terms, relation: str, orders: Sequence[float] | None = None) -> RdpAccountant:
+def rdp_accountant(terms: Terms, relation: str, orders: Sequence[float] | None = None) -> RdpAccountant:
+    """A Renyi accountant that has composed ``terms``, sensitivities doubled under "replace_one"."""
     accountant = RdpAccountant(orders, _REPLACE if relation == "replace_one" else _ADD_OR_REMOVE)
     for event, count in terms:
         accountant.compose(_doubled(event) if relation == "replace_one" else event, count)
     return accountant
 
 
+def rdp_epsilon(rdp: np.ndarray, orders: Sequence[float], delta: float) -> float:
+    """Epsilon of Renyi divergences ``[orders]``, which float rounding may have left a little below zero."""
+    return float(compute_epsilon(orders, np.maximum(rdp, 0.0), delta)[0])
+
+
 def rough_epsilon(terms: Terms, *, delta: float, relation: str) -> float:
     """Epsilon by RDP at a few orders, in milliseconds; it chooses grids and starts searches, and is never reported."""
     total = sum((count * _quick_rdp(event, relation) for event, count in terms), np.zeros(len(_QUICK_ORDERS)))
-    return float(compute_epsilon(_QUICK_ORDERS, total, delta)[0])
+    return rdp_epsilon(total, _QUICK_ORDERS, delta)
 
 
 def _quick_rdp(event: DpEvent, relation: str) -> np.ndarray:
@@ -320,15 +336,13 @@ def _quick_rdp(event: DpEvent, relation: str) -> np.ndarray:
         case dp_event.TruncatedSubsampledGaussianDpEvent():
             gaussian = dp_event.GaussianDpEvent(event.noise_multiplier)
             event = dp_event.PoissonSampledDpEvent(event.sampling_probability, gaussian)
-        case dp_event.MixtureOfGaussiansDpEvent():
-            event = dp_event.GaussianDpEvent(event.standard_deviation / max(map(abs, event.sensitivities)))
         case dp_event.DiscreteLaplaceDpEvent():
             return _pure_rdp(event.noise_parameter * event.sensitivity)
         case dp_event.PoissonSampledDpEvent(event=dp_event.LaplaceDpEvent()):
             prob = event.sampling_probability
             return _pure_rdp(np.logaddexp(math.log1p(-prob), math.log(prob) + 1 / event.event.noise_multiplier))
     relation = relation if _rdp_supports(event, relation) else "add_or_remove_one"
-    return _rdp(((event, 1),), relation, _QUICK_ORDERS).rdp
+    return rdp_accountant(((event, 1),), relation, _QUICK_ORDERS).rdp
 
 
 def _pure_rdp(epsilon: float) -> np.ndarray:

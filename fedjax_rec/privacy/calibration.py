@@ -1,28 +1,24 @@
-"""Searches over epsilon: the noise for a target, the rounds a budget affords, and the curve of epsilon over rounds.
+"""Searches over epsilon: the noise that meets a target, and the rounds that a budget affords.
 
 Accounting with a fine PLD grid inside a search is what makes calibration slow. Here RDP gives the bracket (it bounds
 epsilon from above in milliseconds), PLDs on a coarse grid do the search, and the fine grid only confirms the result.
 """
 
+import itertools
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
-import dp_accounting
-import numpy as np
 from dp_accounting import dp_event
 from dp_accounting.dp_event import DpEvent
-from dp_accounting.pld import privacy_loss_distribution
-from dp_accounting.rdp import compute_epsilon
 
 from fedjax_rec.privacy import accounting
-from fedjax_rec.privacy.events import Terms, describe, flatten
+from fedjax_rec.privacy.events import flatten
 
 _LEAST_NOISE, _MOST_NOISE = 1e-3, 1e7
-_MOST_ROUNDS = 10**7
-# The confirmed epsilon is between these shares of the target; below the first, the noise is lowered and confirmed again.
-_ACCEPT_FROM, _AIM_AT = 0.998, 0.9995
+# A confirmed epsilon below the first share of the target is not accepted: the noise is lowered, towards the second.
+_ACCEPT_FROM, _AIM_AT = 0.999, 0.9999
 
 
 @dataclass(frozen=True)
@@ -75,16 +71,22 @@ def calibrate_noise_multiplier(
     def rough(noise: float) -> float:
         return accounting.rough_epsilon(flatten(make_event(noise)), delta=delta, relation=relation)
 
+    usual = flatten(make_event(1.0))
+    takes_pld = target_epsilon <= accounting.MOST_PLD_EPSILON and accounting.trivial_epsilon(usual) is None
+    takes_pld &= accounting.choose_accountant(usual, delta=delta, relation=relation) == accounting.PLD
+
     def coarse(noise: float) -> float:
         terms = flatten(make_event(noise))
-        if not terms or accounting.choose_accountant(terms, delta=delta, relation=relation) != accounting.PLD:
+        if not takes_pld:
             return confirmed(noise).epsilon
         interval = accounting.coarse_interval(target_epsilon)
         return accounting.pld_epsilon(terms, delta=delta, relation=relation, interval=interval)
 
-    _check_reachable(confirmed, target_epsilon)
+    if rough(_MOST_NOISE) >= target_epsilon * _AIM_AT:  # RDP, a bound: below the target, it is reachable
+        _check_reachable(confirmed, target_epsilon)
     start_noise = _solve(rough, target_epsilon, guess=1.0, tolerance=0.05)
-    noise = _solve(coarse, target_epsilon * _AIM_AT, guess=start_noise, tolerance=1e-3)
+    tolerance = 2e-4 if takes_pld else 8e-4  # RDP is slow and has no grid to confirm
+    noise = _solve(coarse, target_epsilon * _AIM_AT, guess=start_noise, tolerance=tolerance)
     spent, noise = _confirm(confirmed, noise, target_epsilon)
     seconds = time.perf_counter() - start
     return Calibration(noise, spent.epsilon, delta, spent.accountant, seconds)
@@ -111,14 +113,17 @@ def _solve(epsilon_of: Callable[[float], float], target: float, *, guess: float,
     """
     low = high = guess  # less and more noise
     epsilon_low = epsilon_high = epsilon_of(guess)
+    factor = 1.1
     while epsilon_high > target and high < _MOST_NOISE:
         low, epsilon_low = high, epsilon_high
-        high *= 1.3 if epsilon_high < 2 * target else 3
+        high, factor = min(high * factor, _MOST_NOISE), min(factor**2, 10)
         epsilon_high = epsilon_of(high)
-    while epsilon_low <= target and low > _LEAST_NOISE:
+    while epsilon_low <= target * (1 - tolerance) and low > _LEAST_NOISE:
         high, epsilon_high = low, epsilon_low
-        low /= 1.3
+        low, factor = max(low / factor, _LEAST_NOISE), min(factor**2, 1.5)  # little noise makes large PLDs: go slowly
         epsilon_low = epsilon_of(low)
+    if epsilon_low <= target:
+        return low
     # Aiming inside the accepted band ends the search with the first hit; every third step halves the bracket, so that
     # no curvature can stall it.
     aim, step = target * (1 - tolerance / 2), 0
@@ -197,25 +202,38 @@ def max_rounds(
         repeated = [dp_event.SelfComposedDpEvent(event_per_round, rounds)] if rounds else []
         return dp_event.ComposedDpEvent([*before, *repeated])
 
-    def fits(rounds: int) -> bool:
-        return accounting.privacy_spent(run(rounds), delta=delta, relation=relation).epsilon <= target_epsilon
+    def spent(rounds: int) -> float:
+        return accounting.privacy_spent(run(rounds), delta=delta, relation=relation).epsilon
 
-    def roughly_fits(rounds: int) -> bool:
-        return accounting.rough_epsilon(flatten(run(rounds)), delta=delta, relation=relation) <= target_epsilon
+    def rough(rounds: int) -> float:
+        return accounting.rough_epsilon(flatten(run(rounds)), delta=delta, relation=relation)
 
+    if spent(1) > target_epsilon:
+        return 0
     if not flatten(event_per_round):
-        return limit if fits(0) else 0
-    guess = _last_true(roughly_fits, guess=1, limit=limit) if flatten(run(1)) else limit
-    return _last_true(fits, guess=max(guess, 1), limit=limit)
+        return limit
+    guess = _largest_count(rough, target_epsilon, guess=1, limit=limit)
+    return _largest_count(spent, target_epsilon, guess=max(guess, 1), limit=limit)
 
 
-def _last_true(holds: Callable[[int], bool], *, guess: int, limit: int) -> int:
-    """The largest count in [0, limit] for which a property holds that ends once and for all; 0 if it never holds."""
-    low, high = 0, limit + 1  # holds (or is 0), does not hold (or is past the limit)
-    probe = guess
-    while high - low > 1:
-        if holds(probe):
-            low, probe = probe, min(probe + max(probe // 4, 1), (low_high := (probe + high) // 2) or low_high)
+def _largest_count(epsilon_of: Callable[[int], float], target: float, *, guess: int, limit: int) -> int:
+    """The largest count in [0, limit] whose epsilon is at most the target, for an epsilon that grows with the count."""
+    low, high = 0, limit + 1  # within the target (or nothing at all), beyond it (or beyond the limit)
+    epsilon_low, epsilon_high = 0.0, math.inf
+    probe, step = min(guess, limit), max(guess // 8, 1)
+    for turn in itertools.count(1):
+        epsilon = epsilon_of(probe)
+        if epsilon <= target:
+            low, epsilon_low = probe, epsilon
         else:
-            high, probe = probe, probe - max(probe // 4, 1)
+            high, epsilon_high = probe, epsilon
+        if high - low <= 1:
+            break
+        if epsilon_high == math.inf and low:
+            probe, step = low + step, 2 * step
+        elif epsilon_high == math.inf or turn % 4 == 0:
+            probe = (low + high) // 2
+        else:
+            probe = low + int((target - epsilon_low) / (epsilon_high - epsilon_low) * (high - low))
+        probe = min(max(probe, low + 1), high - 1)
     return low

@@ -21,7 +21,6 @@ EVENT_TYPES: dict[str, type[DpEvent]] = {
         dp_event.GaussianDpEvent,
         dp_event.LaplaceDpEvent,
         dp_event.DiscreteLaplaceDpEvent,
-        dp_event.MixtureOfGaussiansDpEvent,
         dp_event.RandomizedResponseDpEvent,
         dp_event.ZCDpEvent,
         dp_event.PoissonSampledDpEvent,
@@ -40,7 +39,6 @@ Terms = tuple[tuple[DpEvent, int], ...]
 # field name -> (least value, greatest value, must be an integer, what it is)
 _RANGES = {
     "noise_multiplier": (0, math.inf, False, "noise multiplier"),
-    "standard_deviation": (0, math.inf, False, "standard deviation"),
     "sampling_probability": (0, 1, False, "sampling probability"),
     "rho": (0, math.inf, False, "zCDP rho"),
     "xi": (0, math.inf, False, "zCDP xi"),
@@ -169,8 +167,6 @@ def _has_no_noise(event: DpEvent) -> bool:
     match event:
         case dp_event.RandomizedResponseDpEvent() | dp_event.DiscreteLaplaceDpEvent():
             return event.noise_parameter == 0
-        case dp_event.MixtureOfGaussiansDpEvent():
-            return event.standard_deviation == 0
         case dp_event.ZCDpEvent():
             return math.inf in (event.rho, event.xi)
     return getattr(event, "noise_multiplier", 1.0) == 0

@@ -40,8 +40,14 @@ class Panel:
     text: str
 
 
-def training_panels(run: RunFiles) -> list[Panel]:
-    """Quality, epsilon and loss over rounds; the two panels of epsilon only for a run that has one."""
+def training_panels(run: RunFiles, *, statement: str | None) -> list[Panel]:
+    """Quality, epsilon and loss over rounds.
+
+    Args:
+      run: its files.
+      statement: what belongs beside its epsilon (unit, relation, sampler, delta). Without one, logged epsilons are not
+        drawn, and a sentence says so.
+    """
     metric = validation_metric(run)
     rounds, values = series(run.metrics, "validation", metric)
     references, where = _references(run.result, metric)
@@ -54,9 +60,11 @@ def training_panels(run: RunFiles) -> list[Panel]:
         panels = [_panel("Quality", figure, caption)]
 
     epsilon_rounds, epsilons = series(run.metrics, "epsilon")
-    if epsilons:
+    if epsilons and statement is None:
+        panels.append(_missing("Privacy spent", "Not drawn: unit, relation, sampler or δ of its ε is not recorded."))
+    elif epsilons:
         budget = budget_of(run)
-        said = "Everything released up to each round, composed jointly."
+        said = f"Everything released up to each round, composed jointly: {statement}."
         said += " The dashed line is the budget." if budget is not None else ""
         panels.append(_panel("Privacy spent", plots.epsilon_curve(epsilon_rounds, epsilons, budget=budget), said))
         spent = dict(zip(epsilon_rounds, epsilons, strict=True))
@@ -110,7 +118,9 @@ def validation_metric(run: RunFiles) -> str:
 def budget_of(run: RunFiles) -> float | None:
     """The epsilon that the run may not exceed, from its ledger or its configuration."""
     budget = run.ledger.get("budget")
-    epsilon = mapping(budget).get("epsilon", find(run.config, "epsilon", "target_epsilon", "epsilon_budget"))
+    epsilon = mapping(budget).get("epsilon") if isinstance(budget, Mapping) else budget
+    if epsilon is None:
+        epsilon = find(run.config, "epsilon", "target_epsilon", "epsilon_budget")
     return float(epsilon) if is_number(epsilon) else None
 
 

@@ -10,6 +10,7 @@ from typing import TypeGuard
 
 MISSING = "\N{EN DASH}"
 TIMES = "\N{MULTIPLICATION SIGN}"
+INTERVAL = " ± "
 
 
 @dataclass(frozen=True)
@@ -154,7 +155,7 @@ def _write_cell(cell: Cell, write: Callable[[float], str]) -> str:
         if not is_number(cell.value):
             return MISSING
         half_width = (cell.high - cell.low) / 2
-        return f"{write(cell.value)} ± {write(half_width)}" if is_number(half_width) else write(cell.value)
+        return f"{write(cell.value)}{INTERVAL}{write(half_width)}" if is_number(half_width) else write(cell.value)
     if isinstance(cell, bool):
         return "yes" if cell else "no"
     if isinstance(cell, str):

@@ -9,8 +9,10 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
+from fedjax_rec.privacy.ledger import TRUST_MODELS
 from fedjax_rec.reporting.figures import Panel, budget_of, item_panel, training_panels, user_panel
 from fedjax_rec.reporting.formatting import (
+    INTERVAL,
     MISSING,
     format_bytes,
     format_epsilon,
@@ -20,19 +22,18 @@ from fedjax_rec.reporting.formatting import (
     is_number,
 )
 from fedjax_rec.reporting.run_files import RunFiles, entries, find, mapping, read_run, series
-from fedjax_rec.reporting.run_tables import cost_table, group_table, ledger_table, primary_metric, result_table
-from fedjax_rec.reporting.statements import epsilon_label, statement_parts
+from fedjax_rec.reporting.run_tables import (
+    group_table,
+    ledger_table,
+    primary_metric,
+    result_table,
+    speed_table,
+    traffic_table,
+)
+from fedjax_rec.reporting.statements import complete_statement, epsilon_label, statement_parts
 from fedjax_rec.reporting.tables import Table, bold_cells, formatted_rows, is_numeric_column
 
 TEMPLATES = Path(__file__).parent / "templates"
-
-TRUST_MODELS = {
-    "central": "The server is trusted: it receives every client's update, clips or checks it, and adds the noise "
-    "honestly. Epsilon bounds what its releases tell others, not what the server itself sees.",
-    "distributed": "The clients add the noise and a secure sum hides single updates: the server is trusted to follow "
-    "the protocol, not to see updates. Epsilon holds for the sums it learns.",
-    "local": "Nobody is trusted: each client perturbs what it sends, and epsilon holds for the server too.",
-}
 
 
 def write_report(run_dir: str | Path) -> Path:
@@ -65,20 +66,21 @@ def render(run: RunFiles) -> str:
         lstrip_blocks=True,
     )
     privacy = privacy_statement(run)
+    statement = ", ".join(statement_parts(privacy)) if privacy else None
     groups = [group_table(run.result, group) for group in mapping(run.result.get("groups"))]
-    cost = cost_table(run.result)
+    cost = [table for table in (traffic_table(run.result), speed_table(run.result)) if table.rows]
     page = {
         "title": title(run),
         "subtitle": subtitle(run),
         "status": status(run),
-        "problems": run.problems,
+        "problems": [*run.problems, *overspent(run, privacy)],
         "warnings": [str(warning) for warning in run.result.get("warnings") or ()],
         "cards": cards(run, privacy),
         "results": table_view(result_table(run.result)) if mapping(run.result.get("test")) else None,
-        "training": [panel_view(panel) for panel in training_panels(run)],
+        "training": [panel_view(panel) for panel in training_panels(run, statement=statement)],
         "people": [panel_view(user_panel(run.result)), panel_view(item_panel(run.result))],
         "groups": [bars(table) for table in groups if table.rows],
-        "cost": table_view(cost) if cost.rows else None,
+        "cost": [table_view(table) for table in cost],
         "ledger": table_view(ledger_table(run.ledger)) if entries(run.ledger) else None,
         "privacy": privacy_view(run, privacy),
         "config": flatten(run.config),
@@ -123,20 +125,33 @@ def privacy_statement(run: RunFiles) -> Mapping[str, Any] | None:
 
     An unfinished run has no result yet; its epsilon so far is the last logged one, stated as its ledger states it.
     """
+    if run.result:
+        return complete_statement(mapping(run.result.get("privacy")))
     _, epsilons = series(run.metrics, "epsilon")
-    candidates = [mapping(run.result.get("privacy"))]
-    if not run.result and epsilons:
-        training = next((entry for entry in reversed(entries(run.ledger)) if entry.get("phase") == "training"), {})
-        candidates.append({**training, **run.ledger, "epsilon": epsilons[-1]})
-    for candidate in candidates:
-        if all(candidate.get(name) is not None for name in ("epsilon", "delta", "unit", "relation", "sampler")):
-            return candidate
-    return None
+    training = next((entry for entry in reversed(entries(run.ledger)) if entry.get("phase") == "training"), {})
+    spent = {"delta": find(run.config, "delta"), **mapping(run.ledger.get("spent"))}
+    logged = {"epsilon": epsilons[-1]} if epsilons else {}
+    return complete_statement({**training, **run.ledger, **spent, **logged})
+
+
+def overspent(run: RunFiles, privacy: Mapping[str, Any] | None) -> list[str]:
+    """A sentence if the releases of the ledger cost more, together, than the result says."""
+    spent = mapping(run.ledger.get("spent"))
+    if not (privacy and run.result and is_number(spent.get("epsilon")) and spent.get("delta") == privacy["delta"]):
+        return []
+    if spent["epsilon"] <= privacy["epsilon"] * (1 + 1e-6):
+        return []
+    return [
+        f"The result states ε = {format_epsilon(privacy['epsilon'])}, but all releases of the ledger together cost "
+        f"{format_epsilon(spent['epsilon'])} at the same δ."
+    ]
 
 
 def claims_privacy(run: RunFiles) -> bool:
-    """True if any file of the run speaks of an epsilon."""
-    return bool(run.result.get("privacy")) or bool(series(run.metrics, "epsilon")[1]) or budget_of(run) is not None
+    """True if the run has an epsilon, stated completely or not."""
+    if run.result.get("privacy") or series(run.metrics, "epsilon")[1]:
+        return True
+    return not run.result and budget_of(run) is not None
 
 
 def cards(run: RunFiles, privacy: Mapping[str, Any] | None) -> list[dict[str, str]]:
@@ -152,14 +167,15 @@ def cards(run: RunFiles, privacy: Mapping[str, Any] | None) -> list[dict[str, st
         interval = f"{format_number(bounds[0])} to {format_number(bounds[1])}, bootstrap over users"
     rounds = result.get("rounds", run.metrics[-1]["round"] if run.metrics else None)
     seconds = result.get("seconds", run.metrics[-1].get("seconds") if run.metrics else None)
-    best = f"best on validation: {result['best_round']:,}" if is_number(result.get("best_round")) else ""
+    best = f"best on validation: round {result['best_round']:,}" if is_number(result.get("best_round")) else ""
     speed = f"{format_number(cost['rounds_per_s'])} rounds a second" if is_number(cost.get("rounds_per_s")) else ""
+    missing = "" if is_number(value) else "not measured yet"
     return [
-        {"name": metric, "value": format_number(value), "detail": interval or "on the test users"},
+        {"name": metric, "value": format_number(value), "detail": interval or missing},
         {
             "name": "against popularity",
             "value": format_ratio(ratio),
-            "detail": f"popularity: {format_number(floor)}" if is_number(floor) else "popularity was not measured",
+            "detail": f"popularity: {format_number(floor)}" if is_number(floor) else "not measured yet",
         },
         privacy_card(run, privacy),
         {"name": "rounds", "value": f"{rounds:,}" if is_number(rounds) else MISSING, "detail": best},
@@ -179,7 +195,7 @@ def privacy_card(run: RunFiles, privacy: Mapping[str, Any] | None) -> dict[str, 
         return {
             "name": f"ε{so_far}",
             "value": format_epsilon(privacy["epsilon"]),
-            "detail": ", ".join(statement_parts(privacy)),
+            "detail": ", ".join(statement_parts(privacy)).replace(" = ", "\N{NO-BREAK SPACE}=\N{NO-BREAK SPACE}"),
         }
     if claims_privacy(run):
         return {"name": "ε", "value": MISSING, "detail": "not shown: unit, relation, sampler or delta is not recorded"}
@@ -190,34 +206,47 @@ def privacy_view(run: RunFiles, privacy: Mapping[str, Any] | None) -> dict[str, 
     """What the privacy section says, beyond the ledger."""
     trust_model = str(mapping(privacy).get("trust_model") or run.ledger.get("trust_model") or "central")
     unit = str(mapping(privacy).get("unit", ""))
-    numbers = {
-        name.replace("_", " "): format_number(value)
+    details = [f"{privacy['accountant']} accountant"] if mapping(privacy).get("accountant") else []
+    details += [
+        f"{name}\N{NO-BREAK SPACE}{value:.4g}"
         for name in ("noise_multiplier", "l2_clip_norm", "sampling_prob", "rounds")
         if is_number(value := mapping(privacy).get(name))
-    }
+    ]
     return {
         "label": epsilon_label(privacy) if privacy else None,
         "claimed": claims_privacy(run),
         "protects": "one interaction" if unit.startswith("example") else "one user's whole history",
-        "accountant": mapping(privacy).get("accountant"),
-        "numbers": numbers,
-        "trust_model": trust_model,
-        "trust": TRUST_MODELS.get(trust_model.lower(), ""),
+        "details": " · ".join(details),
+        "trust_model": trust_model.replace("_", " "),
+        "trust": TRUST_MODELS.get(trust_model, ""),
     }
 
 
 def table_view(table: Table) -> dict[str, Any]:
     """A table as the template draws it: formatted cells, which are numbers, which are best."""
     numeric = [is_numeric_column(table, name) for name in table.columns]
+    texts, marks = formatted_rows(table), bold_cells(table)
     return {
         "columns": list(zip(table.columns, numeric, strict=True)),
         "rows": [
-            list(zip(texts, marks, numeric, strict=True))
-            for texts, marks in zip(formatted_rows(table), bold_cells(table), strict=True)
+            [_cell_view(texts, marks, numeric, row, place) for place in range(len(numeric))]
+            for row in range(len(texts))
         ],
         "caption": table.caption,
         "notes": table.notes,
     }
+
+
+def _cell_view(
+    texts: list[list[str]], marks: list[list[bool]], numeric: list[bool], row: int, place: int
+) -> dict[str, Any]:
+    """One cell: its number, its interval, and as filler the column's widest interval, so that all numbers line up."""
+    if not numeric[place]:
+        return {"text": texts[row][place], "best": marks[row][place], "numeric": False, "interval": "", "filler": ""}
+    parts = [line[place].partition(INTERVAL) for line in texts]
+    point, sign, half_width = parts[row]
+    filler = max((sign + half for _, sign, half in parts), key=len)
+    return {"text": point, "best": marks[row][place], "numeric": True, "interval": sign + half_width, "filler": filler}
 
 
 def bars(table: Table) -> dict[str, Any]:

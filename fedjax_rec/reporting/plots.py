@@ -1,10 +1,12 @@
 """The figures of a run and of a data set, each from plain arrays to a matplotlib `Figure` for `style.to_svg`."""
 
+import re
 from collections.abc import Mapping, Sequence
 
 import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator, PercentFormatter
 
@@ -109,8 +111,8 @@ def loss_curve(rounds: Sequence[int], losses: Sequence[float]) -> Figure:
         _line(axes, rounds, losses, colour=BLUE, width=1.2)
         name_axes(axes, x="round", y="training loss, mean over the cohort")
         _round_axis(axes)
-        axes.yaxis.set_major_formatter(_short_decimals)
         axes.margins(y=0.1)
+        _short_ticks(axes.yaxis)
         _label_ends(axes, [(format_number(float(losses[-1])), float(losses[-1]), BLUE)])
     return figure
 
@@ -147,7 +149,7 @@ def user_histogram(
         axes.set_ylim(0, top)
         name_axes(axes, x=f"{metric} of a user", y="share of users")
         axes.grid(visible=False, axis="x")
-        axes.xaxis.set_major_formatter(_short_decimals)
+        _short_ticks(axes.xaxis)
         axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
         axes.yaxis.set_major_locator(MaxNLocator(5))
     return figure
@@ -242,7 +244,7 @@ def _references(axes: Axes, values: Sequence[float], references: Mapping[str, fl
         colour, dashes = _look(name)
         axes.axhline(value, color=colour, linestyle=dashes, linewidth=1.3)
     _from_zero(axes, [*values, *references.values()])
-    axes.yaxis.set_major_formatter(_short_decimals)
+    _short_ticks(axes.yaxis)
     others = [(name, float(value), _look(name)[0]) for name, value in references.items()]
     _label_ends(axes, [("this run", float(values[-1]), BLUE), *others])
 
@@ -266,7 +268,8 @@ def _top_tenth(cumulative_share: np.ndarray) -> str:
 def _label_ends(axes: Axes, labels: Sequence[tuple[str, float, str]]) -> None:
     """Name curves at the right edge, in their colours and clear of each other: no legend to match by eye."""
     low, high = axes.get_ylim()
-    heights = spread([height for _, height, _ in labels], gap=0.075 * (high - low))
+    labels = [label for label in labels if not np.isnan(label[1])]
+    heights = spread([min(max(height, low), high) for _, height, _ in labels], gap=0.075 * (high - low))
     for (name, _, colour), height in zip(labels, heights, strict=True):
         axes.annotate(
             name,
@@ -285,23 +288,33 @@ def _merge_marks(marks: Mapping[str, float], *, tolerance: float) -> list[tuple[
     merged: list[tuple[float, list[str]]] = []
     for name, value in sorted(marks.items(), key=lambda item: item[1]):
         if merged and value - merged[-1][0] <= tolerance:
-            merged[-1][1].append(f"{name} {_short_decimals(round(value, 3), None)}")
+            merged[-1][1].append(f"{name} {_short(value, decimals=3)}")
         else:
-            merged.append((value, [f"{name} {_short_decimals(round(value, 3), None)}"]))
+            merged.append((value, [f"{name} {_short(value, decimals=3)}"]))
     return [(value, ", ".join(names)) for value, names in merged]
 
 
 def _round_axis(axes: Axes) -> None:
     """Rounds are whole numbers."""
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6, steps=[1, 2, 5, 10]))
     axes.margins(x=0.01)
 
 
-@FuncFormatter
-def _short_decimals(value: float, _position: int | None) -> str:
-    """Tick labels without a leading zero: .05."""
-    text = f"{value:.4f}".rstrip("0").rstrip(".") or "0"
-    return text.replace("0.", ".", 1) if text.startswith(("0.", "-0.")) else text
+def _short_ticks(axis: Axis) -> None:
+    """Tick labels with equally many decimals and no leading zero: .05, .10; for an axis whose limits are final."""
+    ticks = axis.get_ticklocs()
+    if len(ticks) < 2 or max(map(abs, ticks)) >= 1e4:
+        axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.3g}"))
+        return
+    step = float(ticks[1] - ticks[0])
+    decimals = next((count for count in range(6) if abs(step * 10**count - round(step * 10**count)) < 1e-6), 6)
+    axis.set_major_formatter(FuncFormatter(lambda value, _: _short(value, decimals=decimals) if value else "0"))
+
+
+def _short(value: float, *, decimals: int) -> str:
+    """A number without a leading zero."""
+    text = f"{value:.{decimals}f}"
+    return "0" if float(text) == 0 else re.sub(r"^(-?)0\.", r"\1.", text)
 
 
 @FuncFormatter

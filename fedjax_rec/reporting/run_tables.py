@@ -1,8 +1,10 @@
 """The tables of a run, from the contents of its result.json and ledger.json."""
 
+import json
 from collections.abc import Mapping
 from typing import Any
 
+from fedjax_rec.privacy.events import describe, from_dict
 from fedjax_rec.reporting.formatting import (
     MISSING,
     Cell,
@@ -14,13 +16,20 @@ from fedjax_rec.reporting.formatting import (
     is_number,
 )
 from fedjax_rec.reporting.run_files import entries, mapping
-from fedjax_rec.reporting.statements import RELATIONS, SAMPLERS, UNITS, epsilon_label, in_words
+from fedjax_rec.reporting.statements import (
+    RELATIONS,
+    SAMPLERS,
+    STATEMENT,
+    UNITS,
+    complete_statement,
+    epsilon_label,
+    in_words,
+)
 from fedjax_rec.reporting.tables import Table
 
 RESULT_METRICS = ("ndcg@10", "hit@10", "recall@20", "coverage@10", "mrr")
-STATEMENT = ("epsilon", "delta", "unit", "relation", "sampler")
 BASELINES = {
-    "non_private": "non-private, same configuration",
+    "non_private": "same configuration, non-private",
     "popularity": "popularity",
     "dp_popularity": "popularity",
 }
@@ -85,13 +94,12 @@ def result_table(result: Mapping[str, Any]) -> Table:
     )
 
 
-def cost_table(result: Mapping[str, Any]) -> Table:
-    """What the run cost: bytes on the wire, speed, padding, compilation.
+def traffic_table(result: Mapping[str, Any]) -> Table:
+    """Bytes on the wire.
 
     Args:
       result: the content of result.json; `cost` holds any of `uplink_bytes_per_client_round`,
-        `downlink_bytes_per_client_round`, `uplink_bytes_total`, `downlink_bytes_total` (bytes), `clients_per_s`,
-        `rounds_per_s`, `padding_waste` (share of padded slots), `compile_s` (seconds).
+        `downlink_bytes_per_client_round`, `uplink_bytes_total`, `downlink_bytes_total` (bytes).
     """
     cost = mapping(result.get("cost"))
     rows = [
@@ -99,21 +107,34 @@ def cost_table(result: Mapping[str, Any]) -> Table:
         ("downlink, one client in one round", format_bytes(cost.get("downlink_bytes_per_client_round"))),
         ("uplink, whole run", format_bytes(cost.get("uplink_bytes_total"))),
         ("downlink, whole run", format_bytes(cost.get("downlink_bytes_total"))),
+    ]
+    return Table(columns=("bytes", "amount"), rows=[row for row in rows if row[1] != MISSING])
+
+
+def speed_table(result: Mapping[str, Any]) -> Table:
+    """Time, and what padding wastes of it.
+
+    Args:
+      result: the content of result.json; `seconds`, and in `cost` any of `clients_per_s`, `rounds_per_s`, `compile_s`
+        (seconds), `padding_waste` (share of padded slots).
+    """
+    cost = mapping(result.get("cost"))
+    rows = [
         ("clients a second", format_number(cost.get("clients_per_s"))),
         ("rounds a second", format_number(cost.get("rounds_per_s"))),
         ("padding waste", format_percent(cost.get("padding_waste"))),
         ("compilation", format_seconds(cost.get("compile_s"))),
         ("whole run", format_seconds(result.get("seconds"))),
     ]
-    return Table(columns=("cost", "value"), rows=[row for row in rows if row[1] != MISSING])
+    return Table(columns=("speed", "amount"), rows=[row for row in rows if row[1] != MISSING])
 
 
 def ledger_table(ledger: Mapping[str, Any]) -> Table:
     """The releases of a run, phase by phase; their joint epsilon is no column, because it is no sum.
 
     Args:
-      ledger: the content of ledger.json; `entries` lists mappings with `phase`, `released`, `event`, `count`, `unit`,
-        `relation`, `sampler`.
+      ledger: the content of ledger.json (`privacy.ledger.Ledger.to_json`): `unit`, `relation`, and `entries`, each
+        with `phase`, `released`, `event`, `count`, `sampler`.
     """
     rows = [
         (
@@ -122,7 +143,7 @@ def ledger_table(ledger: Mapping[str, Any]) -> Table:
             describe_event(entry.get("event")),
             entry.get("count") if is_number(entry.get("count")) else None,
             *(
-                in_words(entry[name], words) if entry.get(name) else MISSING
+                in_words(value, words) if (value := entry.get(name, ledger.get(name))) else MISSING
                 for name, words in (("unit", UNITS), ("relation", RELATIONS), ("sampler", SAMPLERS))
             ),
         )
@@ -148,33 +169,18 @@ def group_table(result: Mapping[str, Any], group: str) -> Table:
 
 
 def describe_event(event: object) -> str:
-    """A DpEvent of the ledger in one line, whether it was stored as text or as nested mappings.
-
-    {"name": "PoissonSampledDpEvent", "sampling_probability": .1, "event": {"name": "GaussianDpEvent",
-    "noise_multiplier": 1.1}} becomes `PoissonSampled(sampling_probability .1000, Gaussian(noise_multiplier 1.10))`.
-    """
-    if isinstance(event, Mapping):
-        name = next((str(event[key]) for key in ("name", "type", "kind", "event_name") if key in event), "")
-        inner = [
-            describe_event(value) if isinstance(value, Mapping | list) else f"{key} {_plain(value)}"
-            for key, value in event.items()
-            if key not in ("name", "type", "kind", "event_name", "module_name", "class_name")
-        ]
-        return f"{name.removesuffix('DpEvent')}({', '.join(inner)})" if name else ", ".join(inner)
-    if isinstance(event, list | tuple):
-        return ", ".join(describe_event(part) for part in event)
-    return _plain(event).replace("DpEvent", "")
+    """An event of the ledger in one line: `Poisson(0.0424, Gaussian(1))`; unknown ones as they are stored."""
+    if not isinstance(event, Mapping):
+        return MISSING if event is None else str(event)
+    try:
+        return describe(from_dict(dict(event)))
+    except ValueError:
+        return json.dumps(event)
 
 
-def _plain(value: object) -> str:
-    """A setting as text."""
-    return format_number(value) if is_number(value) else MISSING if value is None else str(value)
-
-
-def _statement(holder: Mapping[str, Any]) -> Mapping[str, Any] | None:
+def _statement(holder: Mapping[str, Any]) -> dict[str, Any] | None:
     """The complete privacy statement of a result or a baseline, or None."""
-    privacy = mapping(holder.get("privacy")) or {name: holder[name] for name in STATEMENT if name in holder}
-    return privacy if all(privacy.get(name) is not None for name in STATEMENT) else None
+    return complete_statement(mapping(holder.get("privacy")) or {name: holder.get(name) for name in STATEMENT})
 
 
 def _unit(privacy: Mapping[str, Any]) -> str:
@@ -225,6 +231,7 @@ def _notes(
 ) -> list[str]:
     """The privacy statement of each row, how the numbers were made, and the split."""
     notes = [f"{label}: {epsilon_label(privacy)}." for label, _, privacy in lines if privacy]
+    notes.append(f"No epsilon ({MISSING}): no differential privacy.")
     if any("incomplete privacy statement" in label for label, _, _ in lines):
         notes.append("An epsilon is shown only with its unit, neighbouring relation, sampler and delta.")
     if any(isinstance(value, Estimate) for value in lines[0][1].values()):

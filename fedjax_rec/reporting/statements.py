@@ -1,9 +1,12 @@
 """Privacy statements in words: what must stand beside every epsilon."""
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
-from fedjax_rec.reporting.formatting import format_delta, format_epsilon
+from fedjax_rec.reporting.formatting import format_delta, format_epsilon, is_number
+
+STATEMENT = ("epsilon", "delta", "unit", "relation", "sampler")
 
 # What must stand beside an epsilon, and how to recognise it in a caption or a note.
 STATEMENT_PARTS = {
@@ -57,7 +60,7 @@ def statement_parts(privacy: Mapping[str, Any]) -> tuple[str, str, str, str]:
     Raises:
       ValueError: if one of these, or the epsilon itself, is missing.
     """
-    missing = [name for name in ("epsilon", "unit", "relation", "sampler", "delta") if privacy.get(name) is None]
+    missing = [name for name in STATEMENT if privacy.get(name) is None]
     if missing:
         raise ValueError(
             f"The privacy statement {dict(privacy)} lacks {', '.join(missing)}: an epsilon is only reported with unit, "
@@ -67,6 +70,18 @@ def statement_parts(privacy: Mapping[str, Any]) -> tuple[str, str, str, str]:
     relation = in_words(privacy["relation"], RELATIONS, otherwise="{} neighbours")
     sampler = in_words(privacy["sampler"], SAMPLERS, otherwise="{} sampling")
     return unit, relation, sampler, f"δ = {format_delta(privacy['delta'])}"
+
+
+def complete_statement(privacy: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    """The statement with its epsilon as a float ("inf" is how JSON files spell infinity), or None if a part is missing.
+
+    Args:
+      privacy: as for `epsilon_label`; more fields are kept.
+    """
+    if not privacy or any(privacy.get(name) is None for name in STATEMENT):
+        return None
+    epsilon = math.inf if privacy["epsilon"] == "inf" else privacy["epsilon"]
+    return {**privacy, "epsilon": float(epsilon)} if is_number(epsilon) else None
 
 
 def in_words(name: object, words: Mapping[str, str], *, otherwise: str = "{}") -> str:

@@ -5,11 +5,14 @@ import io
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
+from rich import box
 from rich.table import Table as RichTable
 from rich.text import Text
 
 from fedjax_rec.reporting.formatting import (
+    INTERVAL,
     MISSING,
     TIMES,
     Cell,
@@ -176,19 +179,40 @@ def to_csv(table: Table) -> str:
     return out.getvalue()
 
 
-def to_rich(table: Table) -> RichTable:
-    """The table for the terminal; text is shown as it is, never read as rich markup."""
+def to_rich(table: Table, *, max_width: int | None = None) -> RichTable:
+    """The table for the terminal; text is shown as it is, never read as rich markup.
+
+    Args:
+      table: the table.
+      max_width: the characters a line has, e.g. `console.width`. A table that needs more is turned on its side, the
+        rows becoming columns, rather than cut.
+    """
+    headings, numeric = list(table.columns), [is_numeric_column(table, name) for name in table.columns]
+    rows, marks = formatted_rows(table), bold_cells(table)
+    if max_width is not None and _natural_width(headings, rows, numeric) > max_width:
+        headings, rows = _turned([headings, *rows])
+        marks = _turned([[False] * len(table.columns), *marks])[1]
+        numeric = [False] + [True] * len(table.rows)
     rich = RichTable(
         title=Text(table.caption, style="bold") if table.caption else None,
         caption=Text("\n".join(table.notes)) if table.notes else None,
         title_justify="left",
         caption_justify="left",
+        box=box.SIMPLE_HEAD,
+        pad_edge=False,
+        collapse_padding=True,
     )
-    for name in table.columns:
-        rich.add_column(Text(name), justify="right" if is_numeric_column(table, name) else "left", no_wrap=True)
-    for row, marks in zip(formatted_rows(table), bold_cells(table), strict=True):
-        styles = ["bold" if bold else "dim" if text == MISSING else "" for text, bold in zip(row, marks, strict=True)]
-        rich.add_row(*(Text(text, style=style) for text, style in zip(row, styles, strict=True)))
+    columns = []
+    for place, name in enumerate(headings):
+        texts = [row[place] for row in rows]
+        side = "right" if numeric[place] else "left"
+        rich.add_column(Text(name, justify=side), min_width=_narrowest(name, texts) if numeric[place] else None)
+        columns.append(_line_up(texts) if numeric[place] else [Text(text) for text in texts])
+    for number, bold in enumerate(marks):
+        cells = [texts[number] for texts in columns]
+        for cell, is_best in zip(cells, bold, strict=True):
+            cell.style = "bold" if is_best else "dim" if cell.plain.strip() == MISSING else ""
+        rich.add_row(*cells)
     return rich
 
 
@@ -226,9 +250,40 @@ def _value(cell: Cell) -> Cell:
     return cell.value if isinstance(cell, Estimate) else cell
 
 
+def _narrowest(heading: str, texts: Sequence[str]) -> int:
+    """The width below which a column would break a number or a word of its heading."""
+    return max((len(word) for word in [*heading.split(), *texts]), default=1)
+
+
+def _natural_width(headings: Sequence[str], rows: Sequence[Sequence[str]], numeric: Sequence[bool]) -> int:
+    """Characters that a terminal table takes when no cell is wrapped, only headings above numbers."""
+    columns = [[row[place] for row in rows] for place in range(len(headings))]
+    widths = [
+        _narrowest(name, texts) if is_number_column else max(len(text) for text in [name, *texts])
+        for name, texts, is_number_column in zip(headings, columns, numeric, strict=True)
+    ]
+    return sum(width + 2 for width in widths)
+
+
+def _turned(grid: Sequence[Sequence[Any]]) -> tuple[list[Any], list[list[Any]]]:
+    """A grid with rows for columns: its new first row, and the others."""
+    first, *others = (list(column) for column in zip(*grid, strict=True))
+    return first, others
+
+
+def _line_up(texts: Sequence[str]) -> list[Text]:
+    """The numbers of a column flush right; where some have intervals, flush right on the numbers before them."""
+    parts = [text.partition(INTERVAL) for text in texts]
+    tail = max((len(sign + half) for _, sign, half in parts), default=0)
+    if not tail:
+        return [Text(text, justify="right") for text in texts]
+    head = max(len(point) for point, _, _ in parts)
+    return [Text(point.rjust(head) + sign + half, justify="left") for point, sign, half in parts]
+
+
 def _point(text: str) -> str:
     """A formatted number without its interval."""
-    return text.split(" ± ")[0]
+    return text.partition(INTERVAL)[0]
 
 
 def _units_beside(table: Table, epsilon_column: str) -> set[str]:
