@@ -40,7 +40,7 @@ TABLE = {
 
 
 @pytest.mark.parametrize("dataset", TABLE)
-@pytest.mark.parametrize(("column", "target"), enumerate([1, 5, 10, 20]))
+@pytest.mark.parametrize(("column", "target"), list(enumerate([1, 5, 10, 20])))
 def test_the_noise_multiplier_is_the_reference_and_its_epsilon_just_below_the_target(dataset, column, target):
     population, cohort, rounds, delta, noise_multipliers = TABLE[dataset]
 
@@ -93,7 +93,7 @@ def test_every_kind_of_release_can_be_calibrated(make_event, target, relation, a
     assert privacy_spent(less_noise, delta=1e-5, relation=relation).epsilon > target
 
 
-@settings(max_examples=12, deadline=None, derandomize=True)
+@settings(max_examples=6, deadline=None, derandomize=True)
 @given(
     prob=st.floats(1e-3, 0.5), rounds=st.integers(1, 2000), target=st.floats(0.1, 30), log10_delta=st.floats(-8.0, -3.0)
 )
@@ -109,7 +109,7 @@ def test_no_target_is_ever_exceeded(prob, rounds, target, log10_delta):
     ids=["Laplace", "Gaussian", "bare"],
 )
 def test_a_target_that_other_phases_have_spent_is_refused(spent_already):
-    with pytest.raises(ValueError, match="No noise reaches epsilon 5: .* spent by the other releases"):
+    with pytest.raises(ValueError, match=r"No noise reaches epsilon 5: .* spent by the other releases"):
         calibrate_noise_multiplier(
             lambda z: ComposedDpEvent([spent_already, poisson(0.04, z, 500)]), target_epsilon=5, delta=1e-5
         )
@@ -129,8 +129,8 @@ def test_a_target_must_be_positive(target):
         (PoissonSampledDpEvent(256 / 6040, GaussianDpEvent(1.0)), None, 5.0, "add_or_remove_one"),
         (PoissonSampledDpEvent(256 / 6040, GaussianDpEvent(0.6)), LaplaceDpEvent(2.0), 5.0, "add_or_remove_one"),
         (PoissonSampledDpEvent(0.01, LaplaceDpEvent(1.0)), None, 1.0, "add_or_remove_one"),
-        (GaussianDpEvent(10.0), GaussianDpEvent(3.0), 3.0, "replace_one"),
-        (SampledWithoutReplacementDpEvent(6040, 256, GaussianDpEvent(2.0)), None, 3.0, "replace_one"),
+        (GaussianDpEvent(10.0), GaussianDpEvent(3.0), 4.0, "replace_one"),
+        (SampledWithoutReplacementDpEvent(943, 94, GaussianDpEvent(3.0)), None, 3.0, "replace_one"),
     ],
 )
 def test_max_rounds_is_the_last_count_within_the_target(event, prior, target, relation):

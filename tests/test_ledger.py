@@ -212,7 +212,7 @@ def test_a_hand_edited_file_is_refused_with_a_sentence(ledger, tmp_path, edit, m
 def test_a_truncated_file_is_refused_with_a_sentence(tmp_path, text):
     path = tmp_path / "ledger.json"
     path.write_text(text)
-    with pytest.raises(ValueError, match="not JSON, at line 1.*Restore"):
+    with pytest.raises(ValueError, match=r"not JSON, at line 1.*Restore"):
         Ledger.load(path)
 
 
@@ -241,5 +241,5 @@ def test_no_budget_allows_a_release_without_noise_except_an_infinite_one(ledger)
 
 @pytest.mark.parametrize(("epsilon", "delta"), [(0.0, 1e-5), (-1.0, 1e-5), (math.nan, 1e-5), (1.0, 0.0), (1.0, 1.0)])
 def test_a_budget_must_make_sense(epsilon, delta):
-    with pytest.raises(ValueError, match="budget's epsilon|delta"):
+    with pytest.raises(ValueError, match=r"budget's epsilon|delta"):
         Budget(epsilon=epsilon, delta=delta)

@@ -10,6 +10,7 @@ from dp_accounting import dp_event
 
 from fedjax_rec.privacy.ledger import TRUST_MODELS, Ledger
 from fedjax_rec.reporting import plots, style
+from fedjax_rec.reporting.figures import inline_svg
 from fedjax_rec.reporting.formatting import TIMES
 from fedjax_rec.reporting.html import write_report
 from fedjax_rec.reporting.run_files import read_run
@@ -245,10 +246,13 @@ def test_hostile_names_are_only_shown(tmp_path: Path):
     files["ledger.json"]["entries"][0]["released"] = "<iframe src=//evil>"
     files["result.json"]["groups"] = {"<i>group</i>": {"<u>part</u>": 0.5}}
     files["result.json"]["test"] = {"<em>metric</em>": 0.5}
-    files["metrics.jsonl"][9]["validation"] = {"$\\frac <em>metric</em>": 0.5}
+    files["metrics.jsonl"][9]["validation"] = {"$\\frac$ <em>metric</em>": 0.5}
     text = report_of(tmp_path, files)
     assert not re.search(r"<(script|img|iframe|b>key|i>group|u>part|em|svg onload)", text)
     assert "&lt;script&gt;" in text
+    inline = inline_svg(style.to_svg(plots.loss_curve([1, 2], [0.7, 0.6])), name="loss", title='"><script>')
+    assert "<script" not in inline
+    assert inline.startswith('<svg viewBox="0 0 360 216" role="img" aria-label="&#34;&gt;&lt;script&gt;">')
 
 
 @pytest.mark.parametrize("missing", ["config.json", "metrics.jsonl", "ledger.json", "result.json"])

@@ -219,8 +219,8 @@ def _triplet_columns(data: bytes, separator: str, *, path: Path) -> dict[str, in
     found = len(_fields(decode(data.partition(b"\n")[0]).strip("\r\n"), separator))
     if not 2 <= found <= 4:
         raise ValueError(
-            f"Line 1 of {path} has {found} fields separated by {separator!r}, and needs 2 to 4: user item [rating "
-            "[timestamp]]; pass separator= or format=."
+            f"Line 1 of {path} has {found} field{'s' * (found != 1)} separated by {separator!r}, and needs 2 to 4: "
+            "user item [rating [timestamp]]; pass separator= or format=."
         )
     return {key: place for place, key in enumerate(("user", "item", "rating", "timestamp")[:found])}
 

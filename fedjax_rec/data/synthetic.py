@@ -166,7 +166,7 @@ def _make_block(rng, world: _World, num_users: int, mean: float, smallest: int, 
     users, items, seconds = users[order], items[order], seconds[order]
     match = taste[users, world.topics[items, 0]] + 0.4 * taste[users, world.topics[items, 1]]
     mood = rng.normal(0, 0.4, num_users)
-    stars = 3.2 + mood[users] + world.appeal[items] + 0.8 * match + rng.normal(0, 0.85, len(users))
+    stars = 3.0 + mood[users] + world.appeal[items] + 1.4 * match + rng.normal(0, 0.85, len(users))
     stars = np.clip(np.rint(stars), 1, 5).astype(np.float32)
     return counts, items, seconds, stars, (np.argmax(taste, axis=1) % _NUM_GENRES).astype(np.int32)
 

@@ -68,8 +68,8 @@ def split_rows(data: bytes, *, separator: str, source: str, first_line: int, num
     if bad is not None:
         found = len(rows[bad]) if rows[bad] != [""] else 0
         raise ValueError(
-            f"Line {first_line + bad} of {source} has {found} fields, and {num_columns} separated by {separator!r} "
-            "are needed; mend or remove the line, or name another separator if every line is like that."
+            f"Line {first_line + bad} of {source} has {found} field{'s' * (found != 1)}, and {num_columns} separated by "
+            f"{separator!r} are needed; mend or remove the line, or name another separator if every line is like that."
         )
     return rows
 
@@ -128,7 +128,7 @@ def _floats(text: np.ndarray, *, name: str, source: str, first_line: int) -> np.
     except ValueError:
         bad = next(place for place, value in enumerate(text.tolist()) if not _is_number(value))
         raise ValueError(
-            f"Line {first_line + bad} of {source} has {text[bad]!r} as its {name}, which is not a number; "
+            f"Line {first_line + bad} of {source} has {str(text[bad])!r} as its {name}, which is not a number; "
             "mend or remove the line."
         ) from None
 

@@ -308,7 +308,8 @@ def analytic_epsilon(terms: Terms, delta: float, relation: str) -> float:
     """The exact epsilon of one Gaussian (Balle and Wang, 2018, "Improving the Gaussian Mechanism")."""
     (event, _), *_ = terms
     event = _doubled(event) if relation == "replace_one" else event
-    return get_epsilon_gaussian(event.noise_multiplier, delta)
+    with np.errstate(divide="ignore"):  # where its search meets epsilon 0 exactly
+        return get_epsilon_gaussian(event.noise_multiplier, delta)
 
 
 def rdp_accountant(terms: Terms, relation: str, orders: Sequence[float] | None = None) -> RdpAccountant:

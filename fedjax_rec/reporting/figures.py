@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from markupsafe import escape
 from matplotlib.figure import Figure
 
 from fedjax_rec.reporting import plots, style
@@ -142,8 +143,8 @@ def inline_svg(svg: str, *, name: str, title: str) -> str:
     for colour, variable in CSS_COLOURS.items():
         svg = svg.replace(colour, f"var(--{variable})")
     view_box = re.search(r'viewBox="([^"]*)"', svg)[1]
-    label = title.replace("&", "&amp;").replace('"', "&quot;").replace("<", "&lt;")
-    return re.sub(r"<svg[^>]*>", lambda _: f'<svg viewBox="{view_box}" role="img" aria-label="{label}">', svg, count=1)
+    opening = f'<svg viewBox="{view_box}" role="img" aria-label="{escape(title)}">'
+    return re.sub(r"<svg[^>]*>", lambda _: opening, svg, count=1)
 
 
 def _panel(title: str, figure: Figure, text: str) -> Panel:

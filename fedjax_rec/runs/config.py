@@ -1,0 +1,248 @@
+"""The configuration of a training run: frozen, printed at the start, saved with the run, and enough to repeat it."""
+
+import dataclasses
+import json
+import math
+import types
+import typing
+from pathlib import Path
+from typing import Any, Literal
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """How interactions become clients."""
+
+    split: Literal["leave_one_out", "ratio", "strong_generalization"] = "leave_one_out"
+    """Latest item out, a ratio of each user's rows, or whole clients held out."""
+    tie_rule: Literal["hash", "file_last", "file_first", "item_largest", "item_smallest"] = "hash"
+    """What breaks equal timestamps; it alone can move a table twofold."""
+    split_seed: int = 0
+    """Seed of the tie rule and of random splits."""
+    min_rating: float | None = None
+    """Keep only ratings of at least this (implicit feedback from explicit ratings)."""
+    k_core: int | None = None
+    """Keep users and items with at least this many interactions; looks at everyone's data, so it is not private."""
+    use_ratings: bool = False
+    """Train on ratings (with --model.loss squared) instead of on what was touched."""
+    exclusion: Literal["strict", "paper", "candidates"] = "strict"
+    """What drawn negatives avoid: train items; also held-out items, as much published code does; or candidates."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """Matrix factorisation with private user vectors."""
+
+    dim: int = 32
+    """Length of user and item vectors."""
+    loss: Literal["logistic", "bpr", "squared"] = "logistic"
+    """Loss of a batch."""
+    l2: float = 0.01
+    """Weight of the squared norms of user vector and item rows."""
+    init_stddev: float = 0.1
+    """Standard deviation of initial vectors."""
+    label_mean: float = 0.0
+    """Public constant added to every score, for ratings."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ClientConfig:
+    """What a client does in a round. The defaults are FedSGD: one full-batch step."""
+
+    lr: float = 1.0
+    """Learning rate of shared parameters on the client."""
+    private_lr: float = 1.0
+    """Learning rate of the private user vector."""
+    local_epochs: int = 1
+    """Passes over the client's data in a round."""
+    batch_size: int | None = None
+    """Interactions a step; None takes all of them in one step."""
+    num_negatives: int = 4
+    """Items drawn for each interaction."""
+    negative_distribution: Literal["uniform", "popularity"] = "uniform"
+    """How they are drawn. Popularity is released with noise, and charged, when there is a budget."""
+    weigh_by_examples: bool = False
+    """Weight clients by their interactions (FedAvg); with privacy only with --client.max-examples."""
+    max_examples: int | None = None
+    """Public bound on that weight."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ServerConfig:
+    """What the server does with the mean update."""
+
+    optimizer: Literal["adam", "yogi", "momentum", "sgd"] = "adam"
+    """FedAdam, FedYogi, FedAvgM or plain averaging."""
+    lr: float = 0.02
+    """Server learning rate."""
+    momentum: float = 0.9
+    """For optimizer momentum."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PrivacyConfig:
+    """User-level differential privacy; in force with --epsilon or --privacy.noise-multiplier."""
+
+    l2_clip_norm: float = 0.02
+    """Bound on the L2 norm of one client's update."""
+    noise_multiplier: float | None = None
+    """Noise standard deviation over the clip norm; None solves for it from --epsilon and the number of rounds."""
+    popularity_noise_multiplier: float = 20.0
+    """Noise of the popularity histogram, if negatives are drawn by popularity."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """Train a federated recommender, with user-level differential privacy if --epsilon is given.
+
+    Examples:
+
+        fedjax-rec train --epsilon 8
+        fedjax-rec train --dataset movielens/100k --data-dir ~/data/ml-100k
+        fedjax-rec train --dataset ratings.csv --epsilon 4 --cohort-size 500 --rounds 300 --out runs/mine
+        fedjax-rec train --resume --out runs/mine
+    """
+
+    dataset: str = "synthetic"
+    """synthetic, movielens/100k, 1m, 20m, 25m, latest-small, gowalla, or the path of a CSV, TSV, .inter file."""
+    data_dir: Path | None = None
+    """Folder of the unpacked data set or its zip."""
+    rounds: int = 200
+    """Rounds of training."""
+    seed: int = 0
+    """Seed of everything random. Same seed, same numbers."""
+    out: Path | None = None
+    """Run directory; a new one under runs/ by default."""
+    epsilon: float | None = None
+    """Privacy budget (user-level, add or remove one user). None trains without privacy."""
+    delta: float | None = None
+    """Probability that the bound may fail; 1 / users^1.1 by default."""
+    cohort_size: int | None = None
+    """Clients per round in expectation; everyone by default."""
+    sampler: Literal["poisson", "fixed_size"] = "poisson"
+    """How a cohort is drawn. fixed_size is accounted under the replace-one relation."""
+    eval_every: int = 10
+    """Rounds between validations, checkpoints and log lines."""
+    select: Literal["auto", "best", "last"] = "auto"
+    """Which round is tested. Choosing by validation looks at private data, so auto takes the last under privacy."""
+    resume: bool = False
+    """Continue the run in --out; the result is the one an uninterrupted run would have had."""
+    secret_noise: bool = False
+    """Draw cohort and noise keys from the operating system instead of the seed, for models that will be released."""
+    non_private_row: bool = True
+    """Also train without privacy, to show what privacy costs."""
+    devices: int = 1
+    """Devices to spread the clients over (on CPU: threads that act as devices)."""
+    data: DataConfig = DataConfig()
+    model: ModelConfig = ModelConfig()
+    client: ClientConfig = ClientConfig()
+    server: ServerConfig = ServerConfig()
+    privacy: PrivacyConfig = PrivacyConfig()
+
+    @property
+    def private(self) -> bool:
+        """Whether the run clips and adds noise."""
+        return self.epsilon is not None or self.privacy.noise_multiplier is not None
+
+
+# What may differ between a run and its continuation.
+FREE_FIELDS = ("out", "resume", "data_dir")
+
+
+def check(config: TrainConfig) -> None:
+    """Refuses what could only fail later.
+
+    Raises:
+      ValueError: a sentence naming the flag, its value and the way out.
+    """
+    positive = {
+        "--rounds": config.rounds,
+        "--eval-every": config.eval_every,
+        "--devices": config.devices,
+        "--model.dim": config.model.dim,
+        "--client.local-epochs": config.client.local_epochs,
+        "--server.lr": config.server.lr,
+        "--privacy.l2-clip-norm": config.privacy.l2_clip_norm,
+        "--epsilon": config.epsilon,
+        "--delta": config.delta,
+        "--cohort-size": config.cohort_size,
+        "--client.batch-size": config.client.batch_size,
+        "--privacy.noise-multiplier": config.privacy.noise_multiplier,
+    }
+    for flag, value in positive.items():
+        if value is not None and not (value > 0 and math.isfinite(value)):
+            raise ValueError(f"{flag} must be a positive number; got {value}.")
+    if config.delta is not None and config.delta >= 1:
+        raise ValueError(f"--delta must be below 1; got {config.delta}.")
+    if config.client.num_negatives < 0:
+        raise ValueError(f"--client.num-negatives must not be negative; got {config.client.num_negatives}.")
+    if config.data.use_ratings and config.model.loss != "squared":
+        raise ValueError("--data.use-ratings trains on ratings; add --model.loss squared.")
+    if config.model.loss == "bpr" and not config.client.num_negatives:
+        raise ValueError("--model.loss bpr compares with negatives; set --client.num-negatives to 1 or more.")
+    if config.private and config.client.weigh_by_examples and config.client.max_examples is None:
+        raise ValueError("Weights by number of examples have no public bound; set --client.max-examples, or leave it.")
+    if config.private and config.data.k_core:
+        raise ValueError(
+            "--data.k-core chooses users and items by looking at everyone's data, which no epsilon covers; "
+            "filter beforehand and declare the result public, or leave it out."
+        )
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """The configuration as JSON values."""
+    return json.loads(json.dumps(dataclasses.asdict(config), default=str))
+
+
+def from_dict(values: dict[str, Any], kind: type = TrainConfig) -> Any:
+    """The inverse of `to_dict`.
+
+    Raises:
+      ValueError: for a field that this version does not know.
+    """
+    hints = typing.get_type_hints(kind)
+    unknown = sorted(set(values) - set(hints))
+    if unknown:
+        raise ValueError(f"Unknown fields in the configuration: {', '.join(unknown)}. It may be of another version.")
+    return kind(**{name: _read(value, hints[name]) for name, value in values.items()})
+
+
+def _read(value: Any, hint: Any) -> Any:
+    if dataclasses.is_dataclass(hint):
+        return from_dict(value, hint)
+    options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    if Path in options and value is not None:
+        return Path(value)
+    return value
+
+
+def load(path: str | Path) -> TrainConfig:
+    """Reads a saved config.json.
+
+    Raises:
+      FileNotFoundError: if there is none.
+      ValueError: if it is not a configuration.
+    """
+    path = Path(path)
+    if path.is_dir():
+        path = path / "config.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"There is no configuration at {path}.")
+    try:
+        return from_dict(json.loads(path.read_text(encoding="utf-8")))
+    except (json.JSONDecodeError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} is not a configuration that a run saved: {error}.") from error
+
+
+def differences(first: TrainConfig, second: TrainConfig) -> list[str]:
+    """Fields that differ and matter, as ``"name: this, not that"``."""
+
+    def flat(values, prefix=""):
+        for name, value in values.items():
+            if isinstance(value, dict):
+                yield from flat(value, f"{prefix}{name}.")
+            elif prefix + name not in FREE_FIELDS:
+                yield prefix + name, value
+
+    old = dict(flat(to_dict(second)))
+    return [f"{name}: {value}, not {old.get(name)}" for name, value in flat(to_dict(first)) if old.get(name) != value]

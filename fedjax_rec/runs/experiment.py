@@ -1,0 +1,290 @@
+"""From a configuration to what a run needs: data, clients, algorithm, privacy plan and compiled rounds."""
+
+import dataclasses
+import os
+from functools import partial
+
+import dp_accounting
+import jax
+import numpy as np
+import optax
+
+from fedjax_rec.algorithms.fedavg import fedavg, mean_interactions
+from fedjax_rec.data.clients import ClientData, client_data
+from fedjax_rec.data.filters import binarize, k_core
+from fedjax_rec.data.interactions import Interactions
+from fedjax_rec.data.negatives import Negatives, popularity_cdf
+from fedjax_rec.data.sources import load
+from fedjax_rec.data.split import Split, leave_one_out, ratio_split, strong_generalization
+from fedjax_rec.federated.cohort import Sampler, fixed_size, full_participation, poisson
+from fedjax_rec.federated.round import RoundKeys, Rounds, make_rounds
+from fedjax_rec.federated.transforms import chain
+from fedjax_rec.models.base import Model
+from fedjax_rec.models.matrix_factorization import matrix_factorization
+from fedjax_rec.models.popularity import DpPopularity, dp_popularity
+from fedjax_rec.privacy.accounting import delta_warning
+from fedjax_rec.privacy.calibration import calibrate_noise_multiplier
+from fedjax_rec.privacy.ledger import Budget, Ledger, affordable_rounds
+from fedjax_rec.privacy.mechanisms import user_level_dp
+from fedjax_rec.runs.config import TrainConfig
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class PrivacyPlan:
+    """What will be released, under which noise, and how much of it the budget allows.
+
+    Attributes:
+      noise_multiplier: of every round's sum.
+      l2_clip_norm: bound on one client's update.
+      delta: of the guarantee.
+      budget: epsilon and delta, or None if only the noise was given.
+      ledger: what is charged before the first round.
+      num_rounds: rounds that the budget allows, at most those asked for.
+    """
+
+    noise_multiplier: float
+    l2_clip_norm: float
+    delta: float
+    budget: Budget | None
+    ledger: Ledger
+    num_rounds: int
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Experiment:
+    """A configuration made concrete.
+
+    Attributes:
+      config: as given.
+      interactions: the data set, filtered.
+      split: train, validation, test.
+      clients: the population.
+      model: scores for one client.
+      rounds: compiled training.
+      sampler: cohorts.
+      keys: the run's randomness.
+      privacy: the plan, or None.
+      num_rounds: rounds to run.
+      warnings: sentences to print and to keep in the report.
+    """
+
+    config: TrainConfig
+    interactions: Interactions
+    split: Split
+    clients: ClientData
+    model: Model
+    rounds: Rounds
+    sampler: Sampler
+    keys: RoundKeys
+    privacy: PrivacyPlan | None
+    num_rounds: int
+    warnings: tuple[str, ...]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Data:
+    """A data set ready for training, with sentences about what was done to it."""
+
+    interactions: Interactions
+    split: Split
+    clients: ClientData
+    notes: tuple[str, ...]
+
+
+def prepare_data(config: TrainConfig) -> Data:
+    """Loads, filters and splits the data set, and lays out its clients."""
+    options = {"seed": config.seed} if config.dataset == "synthetic" else {}
+    interactions = load(config.dataset, data_dir=config.data_dir, **options)
+    notes = [f"Loading {interactions.name}: {count} {what}." for what, count in interactions.repairs.items() if count]
+    if config.data.min_rating is not None:
+        interactions, note = binarize(interactions, config.data.min_rating)
+        notes.append(str(note))
+    if config.data.k_core:
+        interactions, note = k_core(interactions, config.data.k_core)
+        notes.append(str(note))
+    split = make_split(interactions, config)
+    clients = client_data(
+        split,
+        exclusion=config.data.exclusion,
+        use_ratings=config.data.use_ratings,
+        num_shards=config.devices,
+    )
+    counts = split.train.counts_per_user
+    per_positive = config.client.num_negatives
+    short = int(np.sum(counts * per_positive > split.num_items - counts))
+    if per_positive and short:
+        notes.append(
+            f"{short} of {len(counts)} clients want more negatives ({per_positive} an interaction) than the catalogue "
+            f"of {split.num_items} items has left; they take all of it, with a weight that makes up for it."
+        )
+    return Data(interactions, split, clients, tuple(notes))
+
+
+def make_split(interactions: Interactions, config: TrainConfig) -> Split:
+    """Splits as the configuration says."""
+    data = config.data
+    if data.split == "leave_one_out":
+        return leave_one_out(interactions, tie_rule=data.tie_rule, seed=data.split_seed)
+    if data.split == "ratio":
+        return ratio_split(
+            interactions, test_ratio=0.1, validation_ratio=0.1, tie_rule=data.tie_rule, seed=data.split_seed
+        )
+    held_out = max(interactions.num_users // 10, 1)
+    return strong_generalization(
+        interactions, num_validation_users=held_out, num_test_users=held_out, seed=data.split_seed
+    )
+
+
+def make_sampler(config: TrainConfig, num_clients: int) -> Sampler:
+    """The sampler of the configuration.
+
+    Raises:
+      ValueError: if the cohort is larger than the population.
+    """
+    if config.cohort_size is None or (config.cohort_size == num_clients and config.sampler == "poisson"):
+        return full_participation(num_clients)
+    make = poisson if config.sampler == "poisson" else fixed_size
+    return make(num_clients, cohort_size=config.cohort_size)
+
+
+def default_delta(num_users: int) -> float:
+    """1 / users^1.1, to two digits: below one in the population, as a delta must be to mean anything."""
+    return float(f"{num_users**-1.1:.1e}")
+
+
+def plan_privacy(config: TrainConfig, sampler: Sampler, num_clients: int) -> PrivacyPlan:
+    """Solves for the noise that meets the budget, or counts the rounds that given noise affords."""
+    settings = config.privacy
+    delta = default_delta(num_clients) if config.delta is None else config.delta
+    ledger = Ledger(unit="user", relation=sampler.relation)
+    if config.client.negative_distribution == "popularity":
+        ledger = ledger.record(
+            dp_accounting.GaussianDpEvent(settings.popularity_noise_multiplier),
+            phase="popularity",
+            released="noised item counts, for drawing negatives",
+        )
+    budget = None if config.epsilon is None else Budget(config.epsilon, delta)
+
+    def round_event(noise_multiplier):
+        return sampler.dp_event(dp_accounting.GaussianDpEvent(noise_multiplier))
+
+    def run_event(noise_multiplier):
+        training = dp_accounting.SelfComposedDpEvent(round_event(noise_multiplier), config.rounds)
+        return dp_accounting.ComposedDpEvent([ledger.event, training]) if ledger.entries else training
+
+    noise = settings.noise_multiplier
+    if noise is None:
+        noise = calibrate_noise_multiplier(
+            run_event, target_epsilon=config.epsilon, delta=delta, relation=sampler.relation
+        ).noise_multiplier
+        num_rounds = config.rounds
+    elif budget is not None:
+        num_rounds = affordable_rounds(ledger, round_event(noise), budget, limit=config.rounds)
+        if num_rounds == 0:
+            budget.require(ledger, round_event(noise))
+    else:
+        num_rounds = config.rounds
+    return PrivacyPlan(noise, settings.l2_clip_norm, delta, budget, ledger, num_rounds)
+
+
+def make_keys(config: TrainConfig) -> RoundKeys:
+    """The run's keys: from the seed, or, for a release, cohort and noise from the operating system's entropy."""
+    keys = RoundKeys(*jax.random.split(jax.random.fold_in(jax.random.key(config.seed), 1), 3))
+    if not config.secret_noise:
+        return keys
+
+    def secret():
+        words = np.frombuffer(os.urandom(8), np.uint32)
+        return jax.random.wrap_key_data(jax.numpy.asarray(words), impl="threefry2x32")
+
+    return RoundKeys(cohort=secret(), client=keys.client, noise=secret())
+
+
+def make_server_optimizer(config: TrainConfig) -> optax.GradientTransformation:
+    """The server's optimizer, under optax's own names."""
+    lr = config.server.lr
+    makers = {
+        "adam": partial(optax.adam, lr),
+        "yogi": partial(optax.yogi, lr),
+        "momentum": partial(optax.sgd, lr, momentum=config.server.momentum),
+        "sgd": partial(optax.sgd, lr),
+    }
+    return makers[config.server.optimizer]()
+
+
+def prepare(config: TrainConfig, *, data: Data | None = None) -> Experiment:
+    """Everything that a run needs; compiles nothing yet.
+
+    Args:
+      config: checked by `config.check`.
+      data: from `prepare_data`, to share between runs.
+    """
+    data = prepare_data(config) if data is None else data
+    train, num_clients = data.split.train, data.clients.num_clients
+    sampler = make_sampler(config, num_clients)
+    plan = plan_privacy(config, sampler, num_clients) if config.private else None
+    warnings = list(data.notes)
+    if plan is not None:
+        warning = delta_warning(plan.delta, num_clients)
+        warnings += [warning] if warning else []
+        if plan.num_rounds < config.rounds:
+            warnings.append(
+                f"The budget epsilon = {config.epsilon:g} allows {plan.num_rounds} of {config.rounds} rounds at noise "
+                f"multiplier {plan.noise_multiplier:g}; the run stops there."
+            )
+    model = matrix_factorization(train.num_items, **dataclasses.asdict(config.model))
+    popularity = released_popularity(config, train)
+    client = config.client
+    negatives = Negatives(
+        client.num_negatives if not config.data.use_ratings else 0,
+        client.negative_distribution,
+        None if popularity is None else popularity_cdf(popularity),
+    )
+    optimizer = optax.partition(
+        {"shared": optax.sgd(client.lr), "private": optax.sgd(client.private_lr)},
+        {"rows": "shared", "dense": "shared", "private": "private"},
+    )
+    algorithm = fedavg(
+        model,
+        client_optimizer=optimizer,
+        server_optimizer=make_server_optimizer(config),
+        local_epochs=client.local_epochs,
+        batch_size=client.batch_size,
+        negatives=negatives,
+        weigh_by_examples=client.weigh_by_examples,
+        max_examples=client.max_examples,
+        mean_examples=mean_interactions(data.clients),
+    )
+    transforms = chain()
+    if plan is not None:
+        transforms = user_level_dp(l2_clip_norm=plan.l2_clip_norm, noise_multiplier=plan.noise_multiplier)
+    mesh = None
+    if config.devices > 1:
+        mesh = jax.make_mesh((config.devices,), ("clients",))
+    rounds = make_rounds(algorithm, transforms, sampler, data.clients, span_size=config.eval_every, mesh=mesh)
+    return Experiment(
+        config=config,
+        interactions=data.interactions,
+        split=data.split,
+        clients=data.clients,
+        model=model,
+        rounds=rounds,
+        sampler=sampler,
+        keys=make_keys(config),
+        privacy=plan,
+        num_rounds=config.rounds if plan is None else plan.num_rounds,
+        warnings=tuple(warnings),
+    )
+
+
+def released_popularity(config: TrainConfig, train: Interactions) -> jax.Array | None:
+    """Item counts for drawing negatives: exact without privacy, else one noised release that the ledger holds."""
+    if config.client.negative_distribution != "popularity":
+        return None
+    if not config.private:
+        return jax.numpy.asarray(train.item_counts, jax.numpy.float32)
+    key = jax.random.fold_in(jax.random.key(config.seed), 2)
+    released: DpPopularity = dp_popularity(
+        train, noise_multiplier=config.privacy.popularity_noise_multiplier, key=key
+    )
+    return released.counts
