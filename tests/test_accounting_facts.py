@@ -48,8 +48,8 @@ REFERENCE = [
     (256 / 60000, 1.1, 14062, 1e-5, 2.5966, 2.3817),
     (256 / 60000, 1.3, 3515, 1e-5, 0.9544, 0.8645),
     (256 / 60000, 0.7, 10546, 1e-5, 6.3195, 5.6394),
-    (0.01, 4, 10000, 1e-5, 1.0355, 0.9470),  # Abadi et al. (2016), section 2 of the paper: 1.26
-    (5000 / 763430, 1, 5000, 1e-9, 4.1833, 3.8988),  # McMahan et al. (2018), Table 1: 4.634
+    (0.01, 4, 10000, 1e-5, 1.0355, 0.9470),  # Abadi et al. (2016) published 1.26
+    (5000 / 763430, 1, 5000, 1e-9, 4.1833, 3.8988),  # McMahan et al. (2018) published 4.634
     (0.1, 3, 512, 1e-6, 4.0510, 3.7697),
     (ML_1M, 1, 500, 1e-5, 6.938, 6.2654),
 ]
@@ -183,10 +183,10 @@ def test_a_delta_that_the_fft_cannot_resolve_never_gives_an_epsilon_below_the_tr
 @pytest.mark.parametrize(
     ("event", "interval"),
     [
-        (ComposedDpEvent([poisson(0.05, 0.8, 20), poisson(0.01, 2.0, 300), GaussianDpEvent(3.0)]), 1e-4),
+        (ComposedDpEvent([poisson(0.05, 0.8, 20), poisson(0.01, 2.0, 300), GaussianDpEvent(3.0)]), 2e-4),
         (ComposedDpEvent([poisson(0.2, 1.5, 40), SelfComposedDpEvent(LaplaceDpEvent(20.0), 10)]), 1e-4),
         (DiscreteLaplaceDpEvent(0.2, 2), 1e-5),
-        (poisson(0.001, 0.5, 2000), 1e-4),
+        (poisson(0.001, 0.5, 2000), 2e-4),
         (poisson(0.01, 50.0, 1000), 2e-7),
     ],
     ids=["two cohorts", "two noises", "discrete Laplace", "rare", "tiny"],

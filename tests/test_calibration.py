@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from fedjax_rec.privacy.accounting import privacy_spent
 from fedjax_rec.privacy.calibration import calibrate_noise_multiplier, max_rounds
 
-# A target may take 3 s on an idle two-core machine (python -m benchmarks.accounting measures it, at well under one);
+# A target may take 3 s on an idle two-core machine (python -m benchmarks.accounting measures it);
 # test machines are shared, so here only a search that has gone astray fails.
 SLACK_SECONDS = 6.0
 

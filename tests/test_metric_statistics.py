@@ -79,7 +79,7 @@ def test_permutation_p_is_exact_for_a_few_users(pair):
 
 def test_paired_test_refuses_other_users_splits_and_metrics(pair):
     fewer = dataclasses.replace(pair[0], user_ids=pair[0].user_ids[1:])
-    with pytest.raises(ValueError, match="200 users of .* and 199"):
+    with pytest.raises(ValueError, match=r"200 users of .* and 199"):
         paired_test(pair[0], fewer)
     with pytest.raises(ValueError, match="same users of the same split"):
         paired_test(pair[0], dataclasses.replace(pair[0], fingerprint="another"))

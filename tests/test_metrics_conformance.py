@@ -108,7 +108,11 @@ def test_precision_is_not_the_ratio_of_sums_that_implicit_reports():
 
 
 def test_ndcg_is_binary_and_not_graded_as_in_elliot(worked):
-    gains = {7: 2 ** (3 - 3 + 1) - 1, 9: 2 ** (5 - 3 + 1) - 1, 3: 2 ** (4 - 3 + 1) - 1}  # 2^(rating - threshold + 1) - 1
+    gains = {
+        7: 2 ** (3 - 3 + 1) - 1,
+        9: 2 ** (5 - 3 + 1) - 1,
+        3: 2 ** (4 - 3 + 1) - 1,
+    }  # 2^(rating - threshold + 1) - 1
     found = sum(gains.get(item, 0) / LOG2(2 + place) for place, item in enumerate(RANKING[:5]))
     ideal = sum(gain / LOG2(2 + place) for place, gain in enumerate(sorted(gains.values(), reverse=True)))
     assert worked["ndcg@5"] == pytest.approx(1.5 / (1 + 1 / LOG2(3) + 1 / 2), abs=1e-6)

@@ -1,1 +1,1 @@
-"""Placeholder."""
+"""`fedjax-rec`, the command line."""

@@ -5,6 +5,7 @@ import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -202,56 +203,34 @@ def from_rows(
         _check_length(key, values, rows)
     repairs: dict[str, int] = {}
 
-    def repair(bad: np.ndarray, what: str, why: str) -> np.ndarray:
-        count = int(np.count_nonzero(bad))
-        if count and strict:
+    def mend(problem: _Problem) -> np.ndarray:
+        """Counts the bad rows, or raises when strict; True = row stays."""
+        bad, repair, complaint = problem
+        if strict and bad.any():
             line = first_line + int(np.argmax(bad))
             raise ValueError(
-                f"Line {line} of {where} {why}; mend the file, or load with strict=False to count such rows."
+                f"Line {line} of {where} {complaint}; mend it, or load with strict=False to count such rows."
             )
-        if count:
-            repairs[what] = count
+        if bad.any():
+            repairs[repair] = int(np.count_nonzero(bad))
         return ~bad
 
-    keep = np.ones(rows, bool)
-    for key, labels in (("user", users), ("item", items)):
-        numeric = labels.dtype.kind == "i"
-        what = f"rows with {key} ids below {smallest_id} dropped" if numeric else f"rows without {key} id dropped"
-        why = f"has a {key} id below {smallest_id}" if numeric else f"has no {key} id"
-        keep &= repair(labels < smallest_id if numeric else labels == "", what, why)
+    keep = mend(_bad_ids("user", users, smallest_id)) & mend(_bad_ids("item", items, smallest_id))
     if ratings is not None:
-        ratings = np.array(ratings, np.float32)
-        unknown = np.zeros(rows, bool) if unknown_rating is None else ratings == unknown_rating
-        low, high = rating_range or (-np.inf, np.inf)
-        usable = np.isfinite(ratings) & (ratings >= low) & (ratings <= high)
-        asked = "a finite rating" if rating_range is None else f"a rating between {low:g} and {high:g}"
-        keep &= repair(~usable & ~unknown, "rows with unusable ratings dropped", f"does not have {asked}")
-        ratings[unknown] = np.nan
-        if unknown.any():
-            repairs["ratings unknown"] = int(unknown.sum())
+        ratings, bad, unknown = _clean_ratings(ratings, rating_range, unknown_rating)
+        keep &= mend(bad)
+        repairs.update(unknown)
     if timestamps is not None:
-        timestamps = np.asarray(timestamps)
-        usable = np.isfinite(timestamps) & (timestamps >= 0)
-        repair(~usable, "unusable timestamps set to unknown", "does not have a timestamp of 0 or more seconds")
-        timestamps = np.where(usable, timestamps, 0).astype(np.int64)
-        if rows and not timestamps.all():
-            repairs["timestamps unknown"] = int(np.count_nonzero(timestamps == 0))
-    file_rows = np.arange(rows)
-    if not keep.all():
-        file_rows = np.flatnonzero(keep)
-    keep = file_rows[
-        _latest_of_duplicates(users[file_rows], items[file_rows], None if timestamps is None else timestamps[file_rows])
-    ]
-    duplicate = np.zeros(rows, bool)
-    duplicate[file_rows] = True
-    duplicate[keep] = False
-    repair(duplicate, "duplicate rows dropped", "repeats a user and item of another line")
-    if not len(keep):
+        timestamps, bad, unknown = _clean_timestamps(timestamps)
+        mend(bad)
+        repairs.update(unknown)
+    keep &= mend(_repeated(users, items, timestamps, keep))
+    if not keep.any():
         raise ValueError(f"{where} holds no usable interaction ({rows} rows read, repairs {repairs}); check the file.")
     return _grouped(
         users[keep],
         items[keep],
-        keep,
+        np.flatnonzero(keep),
         name=name,
         timestamps=None if timestamps is None else timestamps[keep],
         ratings=None if ratings is None else ratings[keep],
@@ -290,23 +269,61 @@ def _grouped(users, items, file_rows, *, name, timestamps, ratings, repairs) -> 
     )
 
 
-def _latest_of_duplicates(users: np.ndarray, items: np.ndarray, timestamps: np.ndarray | None) -> np.ndarray:
-    """Rows to keep, ascending: of each (user, item) the one with the latest timestamp, then the last in the file."""
-    rows = len(users)
-    if not rows:
-        return np.arange(0)
-    user_labels, user_ids = dense_ids(users)
-    item_labels, item_ids = dense_ids(items)
+class _Problem(NamedTuple):
+    bad: np.ndarray  # bool [rows]
+    repair: str  # what is done about it, the key in `repairs`
+    complaint: str  # what a strict reader is told: "Line 7 of x.csv <complaint>"
+
+
+def _bad_ids(key: str, labels: np.ndarray, smallest_id: int) -> _Problem:
+    if labels.dtype.kind != "i":
+        return _Problem(labels == "", f"rows without {key} id dropped", f"has no {key} id")
+    what = f"{key} id below {smallest_id}"
+    return _Problem(labels < smallest_id, f"rows with {what} dropped", f"has a {what}")
+
+
+def _clean_ratings(
+    ratings: ArrayLike, rating_range: tuple[float, float] | None, unknown_rating: float | None
+) -> tuple[np.ndarray, _Problem, dict[str, int]]:
+    """Ratings with NaN for unknown, the rows to drop, and how many are unknown (which is information, no repair)."""
+    ratings = np.array(ratings, np.float32)
+    unknown = np.zeros(len(ratings), bool) if unknown_rating is None else ratings == unknown_rating
+    low, high = rating_range or (-np.inf, np.inf)
+    usable = np.isfinite(ratings) & (ratings >= low) & (ratings <= high)
+    asked = "a finite rating" if rating_range is None else f"a rating between {low:g} and {high:g}"
+    ratings[unknown] = np.nan
+    problem = _Problem(~usable & ~unknown, "rows with unusable ratings dropped", f"does not have {asked}")
+    return ratings, problem, {"ratings unknown": int(unknown.sum())} if unknown.any() else {}
+
+
+def _clean_timestamps(timestamps: ArrayLike) -> tuple[np.ndarray, _Problem, dict[str, int]]:
+    """Whole seconds with 0 for unknown, the rows that needed it, and how many are unknown."""
+    timestamps = np.asarray(timestamps)
+    usable = np.isfinite(timestamps) & (timestamps >= 0)
+    seconds = np.where(usable, timestamps, 0).astype(np.int64)
+    complaint = "does not have a timestamp of 0 or more seconds"
+    unknown = len(seconds) - int(np.count_nonzero(seconds))
+    problem = _Problem(~usable, "unusable timestamps set to unknown", complaint)
+    return seconds, problem, {"timestamps unknown": unknown} if unknown else {}
+
+
+def _repeated(users: np.ndarray, items: np.ndarray, timestamps: np.ndarray | None, keep: np.ndarray) -> _Problem:
+    """Of the rows kept so far, all but the latest (and then the last in the file) of each user and item."""
+    repeated = np.zeros(len(users), bool)
+    rows = np.flatnonzero(keep)
+    user_labels, user_ids = dense_ids(users[rows])
+    item_labels, item_ids = dense_ids(items[rows])
     pairs = user_ids.astype(np.int64) * len(item_labels) + item_ids
     cells = len(user_labels) * len(item_labels)
+    distinct = False
     if cells <= 1 << 26:  # one byte a cell: marking cells costs a tenth of sorting a million rows
         seen = np.zeros(cells, bool)
         seen[pairs] = True
-        if np.count_nonzero(seen) == rows:
-            return np.arange(rows)
-    order = np.lexsort((pairs,) if timestamps is None else (timestamps, pairs))
-    last = np.append(pairs[order][1:] != pairs[order][:-1], True)
-    return np.sort(order[last])
+        distinct = np.count_nonzero(seen) == len(rows)
+    if not distinct:
+        order = np.lexsort((pairs,) if timestamps is None else (timestamps[rows], pairs))
+        repeated[rows[order[:-1]]] = pairs[order][1:] == pairs[order][:-1]
+    return _Problem(repeated, "duplicate rows dropped", "repeats a user and item of another line")
 
 
 def _labels(values: ArrayLike) -> np.ndarray:

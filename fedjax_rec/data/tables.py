@@ -68,8 +68,8 @@ def split_rows(data: bytes, *, separator: str, source: str, first_line: int, num
     if bad is not None:
         found = len(rows[bad]) if rows[bad] != [""] else 0
         raise ValueError(
-            f"Line {first_line + bad} of {source} has {found} field{'s' * (found != 1)}, and {num_columns} separated by "
-            f"{separator!r} are needed; mend or remove the line, or name another separator if every line is like that."
+            f"Line {first_line + bad} of {source} has {found} field{'s' * (found != 1)}, and {num_columns} separated "
+            f"by {separator!r} are needed; mend or remove it, or name another separator if every line is like that."
         )
     return rows
 

@@ -4,6 +4,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -87,7 +88,7 @@ def evaluate(
       ValueError: for a NaN score (naming the user), cut-offs that do not fit the catalogue, or unknown `ties`.
     """
     ks = check_cut_offs(ks, cases.num_items, ties=ties)
-    batch_size, block_size = _sizes(scorer, cases, batch_size, block_size)
+    batch_size, block_size = _sizes(scorer, cases, max(ks), batch_size, block_size)
     names = metric_names(ks)
     state = empty_state(ks=ks, num_items=cases.num_items)
     rows, outputs = [], []
@@ -131,7 +132,7 @@ def _evaluate_chunk(
     counted = count_ranks(scorer, chunk, num_items=num_items, list_size=max(ks), block_size=block_size)
     user_values = user_metrics(counted.ranks, ks=ks, ties=ties)
     exposure = exposure_counts(counted.top_item_ids, chunk.real, ks=ks, num_items=num_items)
-    added = metric_state(user_values, chunk.real, exposure)
+    added = metric_state(user_values, real=chunk.real, exposure=exposure)
     return (user_values, counted.ranks, counted.has_nan), jax.tree.map(jnp.add, state, added)
 
 
@@ -173,7 +174,7 @@ def _rounded_up(size: int) -> int:
     return -(-size // step) * step
 
 
-def gather_chunks(rows: list[np.ndarray], outputs: list, *, num_cases: int):
+def gather_chunks(rows: list[np.ndarray], outputs: list, *, num_cases: int) -> Any:
     """Device outputs of all chunks, `[B, ...]` each, as NumPy arrays `[cases, ...]` in the order of the cases."""
 
     def gather(*parts):
@@ -210,7 +211,9 @@ def check_no_nan(has_nan: np.ndarray, cases: Cases) -> None:
         )
 
 
-def _sizes(scorer: Scorer, cases: Cases, batch_size: int | None, block_size: int | None) -> tuple[int, int]:
+def _sizes(
+    scorer: Scorer, cases: Cases, list_size: int, batch_size: int | None, block_size: int | None
+) -> tuple[int, int]:
     budget = _CPU_SCORES if jax.default_backend() == "cpu" else _ACCELERATOR_SCORES
     if block_size is None:
         in_blocks = cases.num_items > _LARGEST_WHOLE_CATALOGUE and scorer.take_items is not None
@@ -222,6 +225,7 @@ def _sizes(scorer: Scorer, cases: Cases, batch_size: int | None, block_size: int
         )
     block_size = min(block_size, cases.num_items)
     if batch_size is None:
-        batches = -(-cases.num_cases // max(budget // block_size, 8))
+        per_user = max(block_size, cases.positives.shape[1] * list_size)  # scores, and ranks of every positive
+        batches = -(-cases.num_cases // max(budget // per_user, 8))
         batch_size = -(-cases.num_cases // batches)  # equal shares: little padding in the last one
     return min(max(batch_size, 1), cases.num_cases), block_size

@@ -85,7 +85,7 @@ def user_metrics(ranks: Ranks, *, ks: tuple[int, ...], ties: str = "expected") -
     return jnp.concatenate([*at_k, _auc(ranks, places)[:, None]], axis=1).astype(jnp.float32)
 
 
-def metric_state(user_values: jax.Array, real: jax.Array, exposure: jax.Array) -> MetricState:
+def metric_state(user_values: jax.Array, *, real: jax.Array, exposure: jax.Array) -> MetricState:
     """The sum over the real users of a chunk.
 
     Args:

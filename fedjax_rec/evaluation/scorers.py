@@ -41,7 +41,7 @@ class HistoryLinear(NamedTuple):
 
     starts: jax.Array  # int32 [users]
     counts: jax.Array  # int32 [users]
-    item_ids: jax.Array  # int32 [rows]
+    item_ids: jax.Array  # int32 [rows + 1], the last one padding
     positions: jax.Array  # int32 [longest history], 0, 1, 2, ...: its length is the static bound on a history
     weights: jax.Array  # float32 [items, items]
 
@@ -94,7 +94,7 @@ def history_scorer(weights: jax.Array, history: Interactions) -> Scorer:
     params = HistoryLinear(
         starts=jnp.asarray(history.offsets[:-1].astype(np.int32)),
         counts=jnp.asarray(history.counts_per_user.astype(np.int32)),
-        item_ids=jnp.asarray(history.item_ids),
+        item_ids=jnp.asarray(np.append(history.item_ids, np.int32(history.num_items))),  # never empty
         positions=jnp.arange(max(longest, 1), dtype=jnp.int32),
         weights=jnp.asarray(weights, jnp.float32),
     )

@@ -68,8 +68,8 @@ def poisson(num_clients: int, *, cohort_size: float) -> Sampler:
 def fixed_size(num_clients: int, *, cohort_size: int) -> Sampler:
     """Exactly ``cohort_size`` distinct clients, uniformly without replacement; accounted under replace-one.
 
-    Replacing one client moves a sum by up to twice the clip norm, which the event expresses as a Gaussian of half
-    the noise multiplier, as the accountant's replace-one bound for sampling without replacement expects.
+    Replacing one client moves a sum by up to twice the clip norm; the accountant doubles the sensitivity itself, so the
+    event carries the release as it is.
 
     Args:
       num_clients: clients in the population.
@@ -86,13 +86,7 @@ def fixed_size(num_clients: int, *, cohort_size: int) -> Sampler:
         return jnp.zeros(num_clients, bool).at[chosen].set(True)
 
     def dp_event(release):
-        if not isinstance(release, dp_accounting.GaussianDpEvent):
-            raise ValueError(
-                "Fixed-size cohorts are accounted only for a Gaussian release; "
-                f"got {type(release).__name__}. Use Poisson cohorts."
-            )
-        halved = dp_accounting.GaussianDpEvent(release.noise_multiplier / 2)
-        return dp_accounting.SampledWithoutReplacementDpEvent(num_clients, cohort_size, halved)
+        return dp_accounting.SampledWithoutReplacementDpEvent(num_clients, cohort_size, release)
 
     return Sampler("fixed_size", draw, dp_event, cohort_size, cohort_size / num_clients, "replace_one")
 

@@ -16,7 +16,7 @@ _USERS_AT_A_TIME = 4096  # bounds the dense rows of X that are held at once
 def ease_weights(train: Interactions, *, l2: float) -> np.ndarray:
     """Item-to-item weights B, float32 `[items, items]` with a zero diagonal; row i = what item i in a history adds.
 
-    Takes time cubic in the catalogue and about 16 bytes per pair of items: seconds at 3,706 items, not for 100,000.
+    Takes time cubic in the catalogue and about 40 bytes per pair of items: seconds at 3,706 items, not for 100,000.
 
     Args:
       train: rows of all users, read as 0/1.

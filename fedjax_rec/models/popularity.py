@@ -43,8 +43,9 @@ def dp_popularity(
     Each user contributes a vector over items of L2 norm at most sqrt(k), k = `max_items_per_user`:
 
     - "clip": every item it touched, scaled down to that norm if it touched more than k. With k = 1 that is a
-      row-normalised history, so that a user with n items gives each 1 / sqrt(n).
-    - "sample": k of its items chosen uniformly at random, with weight 1.
+      row-normalised history, so that a user with n items gives each 1 / sqrt(n). The default: it wastes no row, and
+      a k up to the shortest history changes nothing but the unit.
+    - "sample": k of its items chosen uniformly at random, with weight 1. Good only if k is tuned to the data.
 
     Guarantee: user-level, adding or removing one user with all of its rows. Released is the sum of the contributions
     of all users plus Gaussian noise of standard deviation `noise_multiplier * sqrt(k)` in each of `num_items` entries:
@@ -74,7 +75,7 @@ def dp_popularity(
     if normalize == "clip":
         weights = np.minimum(1.0, np.sqrt(max_items_per_user / counts[user_ids]))
     elif normalize == "sample":
-        order = np.lexsort([np.asarray(jax.random.bits(choice_key, (len(pairs),))), user_ids])
+        order = np.lexsort([np.asarray(_random_bits(choice_key, user_ids, item_ids)), user_ids])
         place = np.arange(len(pairs)) - np.repeat(np.cumsum(counts) - counts, counts)
         weights = np.zeros(len(pairs))
         weights[order[place < max_items_per_user]] = 1.0
@@ -88,3 +89,13 @@ def dp_popularity(
         dp_event=dp_accounting.GaussianDpEvent(noise_multiplier),
         noise_stddev=stddev,
     )
+
+
+@jax.jit
+def _random_bits(key: jax.Array, user_ids: jax.Array, item_ids: jax.Array) -> jax.Array:
+    """One random uint32 for each pair that depends on nothing but the key and the pair: no user moves another's."""
+
+    def bits(user, item):
+        return jax.random.bits(jax.random.fold_in(jax.random.fold_in(key, user), item))
+
+    return jax.vmap(bits)(user_ids, item_ids)

@@ -38,12 +38,13 @@ ACCOUNTANTS = (ANALYTIC, PLD, RDP)
 
 _ADD_OR_REMOVE, _REPLACE = NeighboringRelation.ADD_OR_REMOVE_ONE, NeighboringRelation.REPLACE_ONE
 
-# Measured on n-fold Gaussians, whose epsilon is known: PLD falls below it from delta = 1e-15 n on.
+# n-fold Gaussians have a known epsilon, and PLDs fall below it where delta nears n roundings of a double (1e-16);
+# tests/test_accounting_facts.py shows one such case. This leaves a factor of about a hundred.
 _FFT_NOISE_PER_ROUND = 2e-14
 MOST_PLD_EPSILON = 500.0
 """Epsilon up to which PLDs are used; dp_accounting sums exp(-loss), which underflows from 700 on."""
 
-# Few integer orders: good to a factor of about 1.3, in milliseconds, and without the series that may not converge.
+# Few integer orders: fast, near enough for a search to start from, and without the series that may not converge.
 _QUICK_ORDERS = (2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 256, 512)
 
 
@@ -109,7 +110,8 @@ def privacy_spent(
 ) -> PrivacySpent:
     """The epsilon of everything in ``event``, composed jointly.
 
-    The PLD's grid is refined until the bound lies within about 1e-4 (relative) of its limit. Takes 0.02 to 1 s.
+    The PLD's grid is refined until the bound lies within about 1e-4 (relative) of its limit; see
+    ``benchmarks/accounting.py`` for what that costs.
 
     Args:
       event: the whole run, any nesting of events.
@@ -195,7 +197,7 @@ def _doubled(event: DpEvent) -> DpEvent:
             return attr.evolve(event, noise_multiplier=event.noise_multiplier / 2)
         case dp_event.DiscreteLaplaceDpEvent():
             return attr.evolve(event, sensitivity=event.sensitivity * 2)
-        case dp_event.ZCDpEvent():  # group privacy for two: Bun and Steinke (2016), Proposition 27
+        case dp_event.ZCDpEvent():  # group privacy for two: Bun and Steinke (2016)
             return dp_event.ZCDpEvent(rho=4 * event.rho, xi=3 * event.xi)
         case dp_event.SampledWithoutReplacementDpEvent() | dp_event.RepeatAndSelectDpEvent():
             return attr.evolve(event, event=_doubled(event.event))
@@ -326,7 +328,7 @@ def rdp_epsilon(rdp: np.ndarray, orders: Sequence[float], delta: float) -> float
 
 
 def rough_epsilon(terms: Terms, *, delta: float, relation: str) -> float:
-    """Epsilon by RDP at a few orders, in milliseconds; it chooses grids and starts searches, and is never reported."""
+    """Epsilon by RDP at a few orders, quickly; it chooses grids and starts searches, and is never reported."""
     total = sum((count * _quick_rdp(event, relation) for event, count in terms), np.zeros(len(_QUICK_ORDERS)))
     return rdp_epsilon(total, _QUICK_ORDERS, delta)
 
@@ -347,5 +349,5 @@ def _quick_rdp(event: DpEvent, relation: str) -> np.ndarray:
 
 
 def _pure_rdp(epsilon: float) -> np.ndarray:
-    """RDP of a pure epsilon at the quick orders (Bun and Steinke, 2016, Proposition 15)."""
+    """RDP of a pure epsilon at the quick orders (Bun and Steinke, 2016, "Concentrated Differential Privacy")."""
     return np.minimum(epsilon, epsilon**2 / 2 * np.array(_QUICK_ORDERS))

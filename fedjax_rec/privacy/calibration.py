@@ -1,7 +1,7 @@
 """Searches over epsilon: the noise that meets a target, and the rounds that a budget affords.
 
 Accounting with a fine PLD grid inside a search is what makes calibration slow. Here RDP gives the bracket (it bounds
-epsilon from above in milliseconds), PLDs on a coarse grid do the search, and the fine grid only confirms the result.
+epsilon from above at once), PLDs on a coarse grid do the search, and the fine grid only confirms the result.
 """
 
 import itertools

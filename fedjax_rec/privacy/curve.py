@@ -23,9 +23,9 @@ def epsilon_curve(
 ) -> np.ndarray:
     """Epsilon after each of several numbers of rounds, each an upper bound.
 
-    One round is accounted once and composed onwards from point to point, so fifty points cost about as much as ten
-    single calls of ``privacy_spent``; equally spaced points cost least. All points come from the accountant that is
-    right for the last one, and are good to about 5e-4 of the last one's epsilon.
+    One round is accounted once and composed onwards from point to point, so many points cost little more than
+    a few single calls of ``privacy_spent``; equally spaced points cost least. All points come from the accountant that
+    is right for the last one, and are good to about 5e-4 of the last one's epsilon.
 
     Args:
       event_per_round: what one round releases.

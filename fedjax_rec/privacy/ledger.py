@@ -129,7 +129,7 @@ class Ledger:
         return dp_event.ComposedDpEvent([_times(entry.event, entry.count) for entry in self.entries])
 
     def spent(self, delta: float) -> PrivacySpent:
-        """The epsilon of all entries together, composed jointly (not summed). Takes 0.02 to 1 s."""
+        """The epsilon of all entries together, composed jointly (not summed)."""
         return accounting.privacy_spent(self.event, delta=delta, relation=self.relation, unit=self.unit)
 
     def phase(self, name: str) -> "Ledger":
@@ -284,7 +284,7 @@ class Budget:
 
 
 def affordable_rounds(ledger: Ledger, event: DpEvent, budget: Budget, *, limit: int = 10**7) -> int:
-    """How many more releases of ``event`` the budget allows; ask once, before the loop. Takes 0.5 to 5 s.
+    """How many more releases of ``event`` the budget allows; ask once, before the loop.
 
     Args:
       ledger: what has been released.

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import jax
 import orbax.checkpoint as ocp
 
-from fedjax_rec.federated.round import RoundKeys
+from fedjax_rec.federated.round import RoundKeys, Rounds
 from fedjax_rec.privacy.ledger import Ledger
 
 
@@ -54,11 +54,7 @@ def save(folder: Path, checkpoint: Checkpoint) -> None:
       OSError: if the disk is full or not writable; the older checkpoint is still there.
     """
     step = int(checkpoint.progress["round"])
-    arrays = {
-        "state": checkpoint.state,
-        "private": checkpoint.private,
-        "keys": jax.tree.map(jax.random.key_data, checkpoint.keys),
-    }
+    arrays = _leaves(checkpoint.state, checkpoint.private, checkpoint.keys)
     words = {
         "ledger": None if checkpoint.ledger is None else checkpoint.ledger.to_json(),
         "progress": checkpoint.progress,
@@ -94,8 +90,9 @@ def restore(folder: Path, *, state: Any, private: Any, keys: RoundKeys) -> Check
         step = manager.latest_step()
         if step is None:
             return None
-        target = {"state": state, "private": private, "keys": jax.tree.map(jax.random.key_data, keys)}
-        args = ocp.args.Composite(arrays=ocp.args.StandardRestore(target), words=ocp.args.JsonRestore())
+        args = ocp.args.Composite(
+            arrays=ocp.args.StandardRestore(_leaves(state, private, keys)), words=ocp.args.JsonRestore()
+        )
         try:
             loaded = manager.restore(step, args=args)
         except (ValueError, KeyError, FileNotFoundError) as error:
@@ -104,13 +101,47 @@ def restore(folder: Path, *, state: Any, private: Any, keys: RoundKeys) -> Check
             ) from error
     arrays, words = loaded["arrays"], loaded["words"]
     return Checkpoint(
-        state=arrays["state"],
-        private=arrays["private"],
-        keys=RoundKeys(*(jax.random.wrap_key_data(data) for data in arrays["keys"])),
+        state=_like(state, arrays["state"]),
+        private=_like(private, arrays["private"]),
+        keys=jax.tree.map(lambda data: jax.random.wrap_key_data(data), _like(keys, arrays["keys"])),
         ledger=None if words["ledger"] is None else Ledger.from_json(words["ledger"]),
         progress=words["progress"],
         config=words["config"],
     )
+
+
+def _leaves(state: Any, private: Any, keys: RoundKeys) -> dict[str, dict[str, jax.Array]]:
+    """Arrays by name: the format then depends on no container type (Orbax has no empty tuples)."""
+    trees = {"state": state, "private": private, "keys": jax.tree.map(jax.random.key_data, keys)}
+    return {
+        name: {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree.leaves_with_path(tree)}
+        for name, tree in trees.items()
+    }
+
+
+def _like(tree: Any, leaves: dict[str, jax.Array]) -> Any:
+    return jax.tree.map_with_path(lambda path, _: leaves[jax.tree_util.keystr(path)], tree)
+
+
+class Parameters(NamedTuple):
+    """What evaluation needs of a checkpoint: the round, shared parameters, private parameters."""
+
+    round: int
+    shared: Any
+    private: Any
+
+
+def restore_parameters(folder: Path, *, rounds: Rounds, keys: RoundKeys) -> Parameters:
+    """Loads a checkpoint for evaluation.
+
+    Raises:
+      FileNotFoundError: if there is none.
+    """
+    state, private = jax.eval_shape(rounds.init, jax.random.key(0))
+    found = restore(folder, state=state, private=private, keys=keys)
+    if found is None:
+        raise FileNotFoundError(f"There is no complete checkpoint in {folder}; the run was stopped before its first.")
+    return Parameters(int(found.state.round), found.state.shared, found.private)
 
 
 def _sweep(folder: Path) -> None:

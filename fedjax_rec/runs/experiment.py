@@ -284,7 +284,5 @@ def released_popularity(config: TrainConfig, train: Interactions) -> jax.Array |
     if not config.private:
         return jax.numpy.asarray(train.item_counts, jax.numpy.float32)
     key = jax.random.fold_in(jax.random.key(config.seed), 2)
-    released: DpPopularity = dp_popularity(
-        train, noise_multiplier=config.privacy.popularity_noise_multiplier, key=key
-    )
+    released: DpPopularity = dp_popularity(train, noise_multiplier=config.privacy.popularity_noise_multiplier, key=key)
     return released.counts

@@ -1,0 +1,123 @@
+"""`fedjax-rec train`: one private recommender, a table, and a run directory with a report."""
+
+import contextlib
+import dataclasses
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from fedjax_rec.reporting import epsilon_label, result_table, to_rich
+from fedjax_rec.reporting.html import write_report
+from fedjax_rec.runs import config as configs
+from fedjax_rec.runs import directory
+from fedjax_rec.runs.config import TrainConfig
+from fedjax_rec.runs.experiment import Experiment, prepare, prepare_data
+from fedjax_rec.runs.results import run as run_experiment
+
+
+def run(config: TrainConfig) -> int:
+    """Runs the whole job and prints where its files are.
+
+    Returns:
+      0. Errors are raised as sentences, for `main` to print.
+    """
+    console = Console()
+    configs.check(config)
+    folder = config.out or _new_folder(config)
+    directory.start(folder, resume=config.resume)
+    if config.resume:
+        _check_same(config, folder)
+    console.print(_headline(config, folder))
+    data = prepare_data(config)
+    experiment = prepare(config, data=data)
+    console.print(_plan(experiment))
+    for warning in experiment.warnings:
+        console.print(f"[yellow]note[/] {warning}", highlight=False)
+    with _progress(console, experiment) as report:
+        result = run_experiment(config, data=data, experiment=experiment, folder=folder, report=report)
+    page = write_report(folder)
+    console.print()
+    console.print(to_rich(result_table(result), max_width=console.width))
+    console.print(f"\nEpsilon: {epsilon_label(result['privacy'])}", highlight=False)
+    console.print(f"Run directory: {folder}\nReport: {page}", highlight=False, soft_wrap=True)
+    return 0
+
+
+def _new_folder(config: TrainConfig) -> Path:
+    name = Path(config.dataset).stem if "." in config.dataset else config.dataset.replace("/", "-")
+    return Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
+
+
+def _check_same(config: TrainConfig, folder: Path) -> None:
+    other = configs.differences(config, configs.load(folder))
+    if other:
+        raise ValueError(
+            f"The run in {folder} has another configuration ({'; '.join(other)}). "
+            "Resume it without those flags, or start a new run with another --out."
+        )
+
+
+def _headline(config: TrainConfig, folder: Path) -> str:
+    verb = "Resuming" if config.resume else "Training"
+    return f"[bold]{verb}[/] on {config.dataset} for {config.rounds} rounds, into {folder}"
+
+
+def _plan(experiment: Experiment) -> str:
+    clients, sampler, plan = experiment.clients, experiment.sampler, experiment.privacy
+    lines = [
+        f"  data     {clients.num_clients:,} clients, {clients.num_items:,} items, "
+        f"{clients.num_interactions:,} training interactions, split {experiment.split.rule}"
+        f" ({experiment.split.tie_rule} ties, {experiment.split.fingerprint[:12]}), negatives {clients.exclusion}",
+        f"  cohort   {sampler.name}, {sampler.expected_size:g} clients a round expected",
+    ]
+    if plan is None:
+        lines.append("  privacy  none; add --epsilon 8 for user-level differential privacy")
+    else:
+        target = "given noise" if plan.budget is None else f"budget epsilon {plan.budget.epsilon:g}"
+        lines.append(
+            f"  privacy  user-level, {experiment.rounds.relation.replace('_', ' ')}, delta {plan.delta:g}, {target}: "
+            f"noise multiplier {plan.noise_multiplier:.4g}, clip norm {plan.l2_clip_norm:g}"
+        )
+    return "\n".join(lines)
+
+
+@contextlib.contextmanager
+def _progress(console: Console, experiment: Experiment) -> Iterator:
+    """A progress bar per phase on a terminal, and a line now and then where there is none."""
+    total = experiment.num_rounds
+    columns = (
+        TextColumn("{task.description:11}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[said]}"),
+    )
+    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
+        tasks = {"training": bar.add_task("training", total=total, said="compiling")}
+
+        def report(phase, record):
+            if phase not in tasks:
+                tasks[phase] = bar.add_task(phase, total=experiment.config.rounds, said="compiling")
+            said = f"{record['rounds_per_s']:.1f} rounds/s  loss {record['loss']:.4f}  "
+            said += f"ndcg@10 {record['validation']['ndcg@10']:.4f}"
+            if record["epsilon"] is not None:
+                said += f"  ε {record['epsilon']:.3f}"
+            bar.update(tasks[phase], completed=record["round"], said=said)
+            step = experiment.config.eval_every * max(total // experiment.config.eval_every // 5, 1)
+            if not console.is_terminal and (record["round"] % step == 0 or record["round"] == total):
+                console.print(f"{phase:11} round {record['round']:>5}/{total}  {said}", highlight=False)
+
+        yield report
+
+
+def default_for(resume_folder: Path | None, config_file: Path | None) -> TrainConfig:
+    """The defaults that flags override: a saved configuration, where one is named."""
+    if config_file is not None:
+        return dataclasses.replace(configs.load(config_file), out=None, resume=False)
+    if resume_folder is not None:
+        return dataclasses.replace(configs.load(resume_folder), out=resume_folder)
+    return TrainConfig()
