@@ -37,8 +37,9 @@ def permute(key: jax.Array, index: jax.Array, size: jax.Array | int) -> jax.Arra
     """
     round_keys = jax.random.bits(key, (NUM_FEISTEL_ROUNDS,), jnp.uint32)
     size = jnp.maximum(jnp.asarray(size, jnp.int32), 1)
-    width = jnp.ceil(jnp.sqrt(size.astype(jnp.float32))).astype(jnp.int32) + 1  # +1 absorbs float32 rounding
-    height = -(-size // width)
+    # +1 absorbs float32 rounding. On grids below 5 x 4 the few shifts there are leave the permutation visibly uneven.
+    width = jnp.maximum(jnp.ceil(jnp.sqrt(size.astype(jnp.float32))).astype(jnp.int32) + 1, 5)
+    height = jnp.maximum(-(-size // width), 4)
 
     def shift(coordinate, other, extent, round_key):
         # The high half of a product maps a 16-bit hash to [0, extent) without a division, which is slow on CPU.

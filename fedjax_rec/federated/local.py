@@ -105,7 +105,7 @@ def _draw_negatives(client: Client, negatives: Negatives, position: jax.Array, k
         )
     # The j-th negative of the k-th positive is draw j * length + k: where the catalogue runs out, every positive
     # keeps its first negatives instead of the last positives having none.
-    draw = jnp.arange(per_positive, dtype=jnp.int32) * client.length + position[:, None]
+    draw = jnp.arange(per_positive, dtype=jnp.int32)[None, :] * client.length + position[:, None]
     draw = jnp.where((position < client.length)[:, None], draw, num)
     ids = ids.at[draw].get(mode="fill", fill_value=client.num_items)
     weights = weights.at[draw].get(mode="fill", fill_value=0)
@@ -151,7 +151,9 @@ def train(
 
         def loss(params):
             view = View(params["rows"], params["dense"])
-            return model.loss(view, params["private"], batch, jax.random.fold_in(key, i))
+            # By epoch and batch, not by i: num_steps is the chunk's, and a client must not depend on its neighbours.
+            step_key = jax.random.fold_in(jax.random.fold_in(key, i // num_steps), index)
+            return model.loss(view, params["private"], batch, step_key)
 
         value, gradient = jax.value_and_grad(loss)(params)
         updates, new_state = optimizer.update(gradient, opt_state, params)

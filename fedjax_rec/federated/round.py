@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import dp_accounting
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from fedjax_rec.algorithms.base import Algorithm, ServerState, all_private, client_key
@@ -23,6 +23,11 @@ from fedjax_rec.federated.transforms import UpdateTransform, select_update, upda
 # Small chunks stay in the cache of a CPU; accelerators want the opposite. Measured by `python -m benchmarks.round`.
 CHUNK_SIZE = {"cpu": 4}
 ACCELERATOR_CHUNK_SIZE = 256
+
+
+def default_chunk_size() -> int:
+    """Clients that run side by side on this backend, unless a caller says otherwise."""
+    return CHUNK_SIZE.get(jax.default_backend(), ACCELERATOR_CHUNK_SIZE)
 
 
 class RoundKeys(NamedTuple):
@@ -87,8 +92,11 @@ def make_rounds(
     """
     dp_event = transforms.dp_event(None)
     _check(algorithm, dp_event, clients, mesh)
-    chunk_size = chunk_size or CHUNK_SIZE.get(jax.default_backend(), ACCELERATOR_CHUNK_SIZE)
-    buckets = jax.device_put(clients.buckets, None if mesh is None else NamedSharding(mesh, P("clients")))
+    if mesh is not None:
+        mesh = Mesh(mesh.devices, mesh.axis_names, axis_types=(AxisType.Auto,))  # the compiler places server tables
+        replicated, by_client = NamedSharding(mesh, P()), NamedSharding(mesh, P("clients"))
+    chunk_size = chunk_size or default_chunk_size()
+    buckets = jax.device_put(clients.buckets, None if mesh is None else by_client)
     num_private = clients.num_shards * clients.clients_per_shard
 
     def init(key):
@@ -96,9 +104,10 @@ def make_rounds(
         state = algorithm.init(server_key)
         state = state._replace(transforms=transforms.init(state.shared))
         private = all_private(algorithm, private_key, num_private)
-        if mesh is not None:
-            state = jax.device_put(state, NamedSharding(mesh, P()))
-            private = jax.device_put(private, NamedSharding(mesh, P("clients")))
+        # A weakly typed leaf (a Python number's) comes back strong, and would compile the second round anew.
+        state, private = jax.tree.map(lambda x: jnp.asarray(x, x.dtype), (state, private))
+        if mesh is not None and not isinstance(private_key, jax.core.Tracer):
+            state, private = jax.device_put(state, replicated), jax.device_put(private, by_client)
         return state, private
 
     def cohort_sum(state, private, buckets, in_cohort, key):
@@ -109,15 +118,19 @@ def make_rounds(
             sums, private = _bucket_sum(
                 algorithm, transforms, state, bucket, in_cohort, key, chunk_size, first_id, sums, private
             )
-        return (sums if mesh is None else jax.lax.psum(sums, "clients")), private
+        return (sums if mesh is None else _sum_over_devices(sums, clients.num_shards)), private
 
     if mesh is not None:
-        by_client = P("clients")
+        shapes = jax.eval_shape(init, jax.random.key(0))
+        sums = _zero_sums(algorithm, transforms, *shapes, clients.buckets[0], jax.random.key(0))
         cohort_sum = jax.shard_map(
             cohort_sum,
             mesh=mesh,
-            in_specs=(P(), by_client, by_client, P(), P()),
-            out_specs=(P(), by_client),
+            in_specs=(P(), P("clients"), P("clients"), P(), P()),
+            out_specs=(
+                jax.tree.map(lambda x: P("clients") if _scatters(x, clients.num_shards) else P(), sums),
+                P("clients"),
+            ),
             check_vma=False,
         )
 
@@ -144,7 +157,9 @@ def make_rounds(
 
         return jax.lax.fori_loop(0, num_rounds, body, (state, private, history))
 
-    compiled = jax.jit(span, donate_argnums=(0, 1))
+    # Said, and not left to the compiler: results come back placed as arguments are, so the next call is the same one.
+    placed = {} if mesh is None else {"out_shardings": (replicated, by_client, replicated)}
+    compiled = jax.jit(span, donate_argnums=(0, 1), **placed)
 
     def run(state, private, keys, num_rounds=1):
         if not 1 <= num_rounds <= span_size:
@@ -193,11 +208,28 @@ def _bucket_sum(algorithm, transforms, state, bucket, in_cohort, key, chunk_size
     return jax.lax.fori_loop(0, trips, chunk, (sums, private))
 
 
+def _scatters(leaf, num_devices: int) -> bool:
+    """Whether a sum is split by rows over the devices, so that each adds noise to and steps its own share of it."""
+    return leaf.ndim == 2 and leaf.shape[0] % num_devices == 0
+
+
+def _sum_over_devices(sums, num_devices: int):
+    def reduce(leaf):
+        if _scatters(leaf, num_devices):
+            return jax.lax.psum_scatter(leaf, "clients", scatter_dimension=0, tiled=True)
+        return jax.lax.psum(leaf, "clients")
+
+    return jax.tree.map(reduce, sums)
+
+
 def _zero_sums(algorithm, transforms, state, private, bucket, key):
-    first = jax.tree.map(lambda x: x[0], (private, bucket))
-    update, _, metrics = jax.eval_shape(
-        lambda private, client: _one_client(algorithm, transforms, state, private, client, jnp.int32(1), key), *first
-    )
+    """Empty sums of the transformed update and of the client metrics; reads shapes only."""
+
+    def one(state, private, client, key):
+        return _one_client(algorithm, transforms, state, private, client, jnp.int32(1), key)
+
+    private, client = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), (private, bucket))
+    update, _, metrics = jax.eval_shape(one, state, private, client, key)
     return zero_total(update), {name: jnp.zeros(()) for name in metrics}
 
 

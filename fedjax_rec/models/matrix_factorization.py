@@ -84,7 +84,7 @@ def linear_scorer(num_items: int, *, dim: int = 32, init_stddev: float = 1.0) ->
 
     def init_shared(key):
         table = init_stddev * jax.random.normal(key, (num_items, dim))
-        return Shared(tables={"item": table}, dense={"out": jnp.full(dim, 0.1), "bias": jnp.zeros(())})
+        return Shared(tables={"item": table}, dense={"out": jnp.full(dim, 0.1, jnp.float32), "bias": jnp.zeros(())})
 
     def batch_loss(view: View, private, examples: Examples, key):
         del private, key
