@@ -1,1 +1,1 @@
-"""Placeholder."""
+"""One paper, one file: what a client does, what the server does."""

@@ -91,7 +91,7 @@ def silo_data(
     *,
     public_sizes: np.ndarray | None = None,
     weigh_by_size: bool = True,
-    num_buckets: int = 3,
+    num_buckets: int = 1,
 ) -> Silos:
     """Groups a split's training interactions into silos, as implicit feedback.
 
@@ -105,7 +105,7 @@ def silo_data(
       public_sizes: ``[num_silos]``, positive, in the order of the sorted labels; None declares the true counts (1 if
         empty).
       weigh_by_size: silos weigh in proportion to their declared size, as in FedAvg, instead of equally.
-      num_buckets: most length buckets to make; each one is compiled, and more of them waste less padding.
+      num_buckets: most length buckets to make. Each one is compiled, and padding costs little: only batches are computed.
 
     Raises:
       ValueError: if ``groups`` or ``public_sizes`` has another length, a size is not positive, or there are no rows.
@@ -147,7 +147,8 @@ def silo_data(
 
     capacities = choose_capacities(lengths[lengths > 0], num_buckets=num_buckets)
     bucket_of = np.searchsorted(capacities, lengths)
-    buckets = tuple(bucket(np.flatnonzero(bucket_of == i), capacity) for i, capacity in enumerate(capacities))
+    by_length = np.argsort(lengths, kind="stable")  # silos side by side take as many trips as the largest of them
+    buckets = tuple(bucket(by_length[bucket_of[by_length] == i], capacity) for i, capacity in enumerate(capacities))
     clients = ClientData(
         buckets=buckets,
         num_clients=len(labels),

@@ -1,1 +1,1 @@
-"""Placeholder."""
+"""Recommenders as pure functions of one client, and centralised references."""
