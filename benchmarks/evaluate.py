@@ -1,6 +1,6 @@
 """Seconds of a full-ranking evaluation with every metric, at the shape of MovieLens 1M.
 
-    python -m benchmarks.evaluate [--json] [--users 6040 --items 3706 --dim 64 --seen 165] [--repeats 9]
+    python -m benchmarks.evaluate [--json] [--users 6040 --items 3706 --dim 64 --seen 165] [--repeats 9] [--smoke]
 
 Random vectors and random masked items; time does not depend on what the vectors have learned.
 """
@@ -77,7 +77,10 @@ def main() -> None:
     parser.add_argument("--seen", type=int, default=165, help="masked items a user, about")
     parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument("--json", action="store_true", help="print only JSON lines")
+    parser.add_argument("--smoke", action="store_true", help="a tiny catalogue, seconds long")
     flags = parser.parse_args()
+    if flags.smoke:
+        flags.users, flags.items, flags.dim, flags.seen, flags.repeats = 60, 200, 8, 20, 2
     record = measure(
         num_users=flags.users, num_items=flags.items, dim=flags.dim, num_seen=flags.seen, repeats=flags.repeats
     )

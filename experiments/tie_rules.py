@@ -115,7 +115,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data-dir", type=Path, default=None, help="folder with ml-100k/ (default: FEDJAX_REC_DATA)")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "tie_rules.md")
+    parser.add_argument("--smoke", action="store_true", help="one rule on a small synthetic data set; writes nothing")
     flags = parser.parse_args()
+    if flags.smoke:
+        print(measure_rule(load("synthetic", num_users=80, num_items=120), tie_rule="hash"))
+        return
     interactions = load("movielens/100k", data_dir=flags.data_dir)
     found = {rule: measure_rule(interactions, tie_rule=rule) for rule in REFERENCE}
     found |= {f"hash, seed {seed}": measure_rule(interactions, tie_rule="hash", seed=seed) for seed in HASH_SEEDS}

@@ -213,50 +213,54 @@ def clipped_sum(
       The sum, with the structure of ``params`` and private leaves flattened to ``[users, -1]``; and metrics summed over
       the batch.
     """
-    shared, private = params
     capacity = silo.item_ids.shape[0]
-    negative_key, loss_key = jax.random.split(key)
+    num_before = jnp.cumsum(in_batch)
 
-    def one_example(rows, private, user, example, key):
-        def loss(rows, dense, private):
-            rows, batch = jax.tree.map(lambda x: x[None], (rows, example))
-            return model.loss(View(rows, dense), private, batch, key)
-
-        value, gradients = jax.value_and_grad(loss, argnums=(0, 1, 2))(rows, shared.dense, private)
-        by_row, dense, by_user = gradients
-        tables = {name: _real_rows(g, example, shared.tables[name].shape[0]) for name, g in by_row.items()}
-        by_user = jax.tree.map(lambda g, x: Rows(user[None], g.reshape(1, -1), x.shape[0]), by_user, params[1])
-        gradient, metrics = mechanism.client((Shared(tables, dense), by_user), mechanism.init(params), key)
-        value = jnp.where(jnp.isfinite(value), value, 0.0)
-        norm = metrics.pop("update_norm")
-        return gradient, metrics | {"loss": value, "gradient_norm": norm, "num_examples": jnp.ones(())}
-
-    def examples_at(place):
-        examples = draw_examples(silo, place, num_negatives=num_negatives, key=negative_key)
-        user = silo.user_slots.at[place].get(mode="fill", fill_value=0)
-        rows = {name: take_rows(table, examples.ids) for name, table in shared.tables.items()}
-        own = jax.tree.map(lambda x: take_rows(_flat(x), user).reshape(-1, *x.shape[1:]), private)
-        keys = jax.vmap(lambda p: jax.random.fold_in(loss_key, p))(place)
-        gradients, metrics = jax.vmap(one_example)(rows, own, user, examples, keys)
-        return jax.vmap(select_update)(place < capacity, gradients), metrics
-
-    place_of = jnp.cumsum(in_batch)
+    def gradients_at(place):
+        return _clipped_gradients(model, mechanism, params, silo, place, num_negatives=num_negatives, key=key)
 
     def chunk(i, carry):
         total, sums = carry
         # The places of the next members in order, and L past the last one.
         wanted = i * chunk_size + 1 + jnp.arange(chunk_size, dtype=jnp.int32)
-        place = jnp.searchsorted(place_of, wanted).astype(jnp.int32)
-        gradients, metrics = examples_at(place)
+        place = jnp.searchsorted(num_before, wanted).astype(jnp.int32)
+        gradients, metrics = gradients_at(place)
+        gradients = jax.vmap(select_update)(place < capacity, gradients)
         sums = {name: sums[name] + jnp.sum(jnp.where(place < capacity, metrics[name], 0.0)) for name in sums}
         return add_to_total(total, gradients), sums
 
-    one = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype),
-        jax.eval_shape(examples_at, jax.ShapeDtypeStruct((1,), jnp.int32))[0],
-    )
+    chunk_shape, _ = jax.eval_shape(gradients_at, jax.ShapeDtypeStruct((1,), jnp.int32))
+    one_shape = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), chunk_shape)
     trips = _most_in_chunk(-(-in_batch.sum(dtype=jnp.int32) // chunk_size))
-    return jax.lax.fori_loop(0, trips, chunk, (zero_total(one), dict.fromkeys(_METRICS, jnp.zeros(()))))
+    return jax.lax.fori_loop(0, trips, chunk, (zero_total(one_shape), dict.fromkeys(_METRICS, jnp.zeros(()))))
+
+
+def _clipped_gradients(model, mechanism, params, silo, place, *, num_negatives, key):
+    """Clipped gradients of the examples at ``place``, leaves ``[B, ...]`` with `Rows` for tables and users; metrics."""
+    shared, private = params
+    negative_key, example_key = jax.random.split(key)
+    examples = draw_examples(silo, place, num_negatives=num_negatives, key=negative_key)
+    users = silo.user_slots.at[place].get(mode="fill", fill_value=0)
+
+    def one(rows, own, user, example, key):
+        loss_key, clip_key = jax.random.split(key)
+
+        def loss(rows, dense, own):
+            rows, batch = jax.tree.map(lambda x: x[None], (rows, example))
+            return model.loss(View(rows, dense), own, batch, loss_key)
+
+        value, (by_row, dense, by_user) = jax.value_and_grad(loss, argnums=(0, 1, 2))(rows, shared.dense, own)
+        tables = {name: _real_rows(g, example, shared.tables[name].shape[0]) for name, g in by_row.items()}
+        by_user = jax.tree.map(lambda g, x: Rows(user[None], g.reshape(1, -1), x.shape[0]), by_user, private)
+        gradient, clip = mechanism.client((Shared(tables, dense), by_user), mechanism.init(params), clip_key)
+        metrics = {"loss": jnp.where(jnp.isfinite(value), value, 0.0), "num_examples": jnp.ones(())}
+        metrics |= {name: clip[name] for name in ("clipped", "nonfinite")} | {"gradient_norm": clip["update_norm"]}
+        return gradient, metrics
+
+    rows = {name: take_rows(table, examples.ids) for name, table in shared.tables.items()}
+    own = jax.tree.map(lambda x: take_rows(_flat(x), users).reshape(-1, *x.shape[1:]), private)
+    keys = jax.vmap(lambda p: jax.random.fold_in(example_key, p))(place)
+    return jax.vmap(one)(rows, own, users, examples, keys)
 
 
 def _flat(table: jax.Array) -> jax.Array:

@@ -31,7 +31,7 @@ class Silo:
       client_id: int32 scalar, the silo's place in ``Silos.labels``.
       length: int32 scalar, real interactions; secret, so only to be used where the privacy proof allows it.
       item_ids: int32 ``[L]``, padded with ``num_items``; repeats allowed.
-      labels: float32 ``[L]``: ratings, or ones for implicit feedback; zero on padding.
+      labels: float32 ``[L]``: ones for implicit feedback; zero on padding.
       user_slots: int32 ``[L]``, the user's row in the silo's private tables; zero on padding.
       public_size: float32 scalar, the declared number of interactions, by which gradient sums are divided.
       weight: float32 scalar, public weight of the silo in the server's mean; 1 on average over the silos.
@@ -105,7 +105,7 @@ def silo_data(
       public_sizes: ``[num_silos]``, positive, in the order of the sorted labels; None declares the true counts (1 if
         empty).
       weigh_by_size: silos weigh in proportion to their declared size, as in FedAvg, instead of equally.
-      num_buckets: most length buckets to make. Each one is compiled, and padding costs little: only batches are computed.
+      num_buckets: most length buckets to make. Each is compiled, and padding is cheap: only batches are computed.
 
     Raises:
       ValueError: if ``groups`` or ``public_sizes`` has another length, a size is not positive, or there are no rows.
