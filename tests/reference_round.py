@@ -16,7 +16,16 @@ def one_by_one(clients):
 
 
 def reference_rounds(
-    model, clients, sampler, *, optimizer, server_optimizer, negatives=None, batch_size=None, local_epochs=1, clip=np.inf
+    model,
+    clients,
+    sampler,
+    *,
+    optimizer,
+    server_optimizer,
+    negatives=None,
+    batch_size=None,
+    local_epochs=1,
+    clip=np.inf,
 ):
     """Returns ``one_round(state, private, keys) -> (state, private, mean loss)``: no vmap, no Rows, no chunks."""
 
@@ -52,7 +61,8 @@ def reference_rounds(
             params = jax.device_get(params)
             update = jax.tree.map(np.subtract, Shared(params["rows"], params["dense"]), shared)
             norm = np.sqrt(sum(np.square(x, dtype=np.float64).sum() for x in jax.tree.leaves(update)))
-            total = jax.tree.map(lambda t, x, factor=min(1.0, clip / max(norm, 1e-30)): t + factor * x, total, update)
+            factor = min(1.0, clip / max(norm, 1e-30))
+            total = jax.tree.map(lambda t, x, factor=factor: t + factor * x, total, update)
             jax.tree.map(lambda x, new, i=client_id: x.__setitem__(i, new), private, params["private"])
             losses.append(np.mean(values[:num_steps]) if num_steps else 0.0)
         gradient = jax.tree.map(lambda x: jnp.asarray(-x / sampler.expected_size, jnp.float32), total)

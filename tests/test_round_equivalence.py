@@ -127,9 +127,7 @@ def algorithm_of(s):
 
 def engine(s, chunk_size, num_buckets, sampler):
     links = [] if s.clip == np.inf else [clip_by_global_norm(s.clip)]
-    return make_rounds(
-        algorithm_of(s), chain(*links), sampler, s.data(num_buckets), chunk_size=chunk_size, span_size=4
-    )
+    return make_rounds(algorithm_of(s), chain(*links), sampler, s.data(num_buckets), chunk_size=chunk_size, span_size=4)
 
 
 def assert_close(actual, expected, tolerance=1e-5):
@@ -144,7 +142,7 @@ def only_server(state):
 
 @pytest.mark.parametrize("name", SETTINGS)
 def test_every_layout_is_the_python_loop(name):
-    """Rows == dense, padded == unpadded, chunk 1 == chunk 64, vmapped == loop, over three rounds with Poisson cohorts."""
+    """Rows == dense, padded == unpadded, chunk 1 == chunk 64, vmapped == loop; three rounds, Poisson cohorts."""
     s = SETTINGS[name]
     sampler = poisson(NUM_CLIENTS, cohort_size=6)
     expected, losses = None, []

@@ -215,9 +215,10 @@ def clipped_sum(
     """
     capacity = silo.item_ids.shape[0]
     num_before = jnp.cumsum(in_batch)
+    keys = tuple(jax.random.split(key))  # for negatives, and for losses that draw
 
     def gradients_at(place):
-        return _clipped_gradients(model, mechanism, params, silo, place, num_negatives=num_negatives, key=key)
+        return _clipped_gradients(model, mechanism, params, silo, place, num_negatives=num_negatives, keys=keys)
 
     def chunk(i, carry):
         total, sums = carry
@@ -235,10 +236,10 @@ def clipped_sum(
     return jax.lax.fori_loop(0, trips, chunk, (zero_total(one_shape), dict.fromkeys(_METRICS, jnp.zeros(()))))
 
 
-def _clipped_gradients(model, mechanism, params, silo, place, *, num_negatives, key):
+def _clipped_gradients(model, mechanism, params, silo, place, *, num_negatives, keys):
     """Clipped gradients of the examples at ``place``, leaves ``[B, ...]`` with `Rows` for tables and users; metrics."""
     shared, private = params
-    negative_key, example_key = jax.random.split(key)
+    negative_key, example_key = keys
     examples = draw_examples(silo, place, num_negatives=num_negatives, key=negative_key)
     users = silo.user_slots.at[place].get(mode="fill", fill_value=0)
 
@@ -259,8 +260,8 @@ def _clipped_gradients(model, mechanism, params, silo, place, *, num_negatives, 
 
     rows = {name: take_rows(table, examples.ids) for name, table in shared.tables.items()}
     own = jax.tree.map(lambda x: take_rows(_flat(x), users).reshape(-1, *x.shape[1:]), private)
-    keys = jax.vmap(lambda p: jax.random.fold_in(example_key, p))(place)
-    return jax.vmap(one)(rows, own, users, examples, keys)
+    own_keys = jax.vmap(lambda p: jax.random.fold_in(example_key, p))(place)
+    return jax.vmap(one)(rows, own, users, examples, own_keys)
 
 
 def _flat(table: jax.Array) -> jax.Array:

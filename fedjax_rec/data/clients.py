@@ -88,7 +88,8 @@ def client_data(
       num_shards: devices to lay the client axis out for.
 
     Raises:
-      ValueError: for an unknown rule, ratings or candidates that are not there, or no training interactions.
+      ValueError: for an unknown rule, ratings or candidates that are not there, a user with an item twice in train,
+        or no training interactions.
     """
     if exclusion not in EXCLUSION_RULES:
         raise ValueError(f"exclusion must be one of {', '.join(EXCLUSION_RULES)}; got {exclusion!r}.")
@@ -150,6 +151,12 @@ def _excluded_pairs(split: Split, exclusion: str) -> tuple[np.ndarray, np.ndarra
         items.append(split.candidates.reshape(-1))
     num_items = split.train.num_items
     pairs = np.concatenate(users).astype(np.int64) * (num_items + 1) + np.concatenate(items)
+    num_train = split.train.num_interactions
+    if len(np.unique(pairs[:num_train])) < num_train:  # rows would count twice in a sum and once in its norm
+        raise ValueError(
+            f"{split.train.name} has users who touch an item twice in train; drop the repeats (Interactions.from_rows "
+            "does), or pass the rows to client_data_from_examples."
+        )
     pairs = np.unique(pairs)
     pairs = pairs[pairs % (num_items + 1) < num_items]
     offsets = np.searchsorted(pairs, np.arange(split.train.num_users + 1) * (num_items + 1))
@@ -203,6 +210,8 @@ def _lay_out(*, items, labels, offsets, excluded, num_items, exclusion, num_buck
     lengths = np.diff(offsets)
     if num_clients == 0 or lengths.max(initial=0) == 0:
         raise ValueError("There is nothing to train on: every client is empty.")
+    if num_buckets < 1:
+        raise ValueError(f"num_buckets must be at least 1; got {num_buckets}.")
     if num_shards < 1 or num_shards > num_clients:
         raise ValueError(f"num_shards must be between 1 and the {num_clients} clients; got {num_shards}.")
     capacities = choose_capacities(lengths[lengths > 0], num_buckets=num_buckets)

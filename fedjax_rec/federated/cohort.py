@@ -55,9 +55,17 @@ def poisson(num_clients: int, *, cohort_size: float) -> Sampler:
     """
     _check_cohort_size(cohort_size, num_clients)
     prob = cohort_size / num_clients
+    # On 32 random bits, rounded down: float32 uniforms have 23, so rare clients would take part too often for prob.
+    threshold = jnp.uint32(min(int(prob * 2**32), 2**32 - 1))
+
+    def draw(key):
+        if prob == 1:
+            return jnp.ones(num_clients, bool)
+        return jax.random.bits(key, (num_clients,), jnp.uint32) < threshold
+
     return Sampler(
         name="poisson",
-        draw=lambda key: jax.random.uniform(key, (num_clients,)) < prob,
+        draw=draw,
         dp_event=lambda release: dp_accounting.PoissonSampledDpEvent(prob, release),
         expected_size=cohort_size,
         sampling_prob=prob,
@@ -76,9 +84,11 @@ def fixed_size(num_clients: int, *, cohort_size: int) -> Sampler:
       cohort_size: clients per round.
 
     Raises:
-      ValueError: if ``cohort_size`` is not in ``[1, num_clients]``.
+      ValueError: if ``cohort_size`` is not a whole number in ``[1, num_clients]``.
     """
     _check_cohort_size(cohort_size, num_clients)
+    if cohort_size != int(cohort_size):
+        raise ValueError(f"A cohort of fixed size has a whole number of clients; got {cohort_size}.")
     cohort_size = int(cohort_size)
 
     def draw(key):

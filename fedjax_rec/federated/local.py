@@ -69,17 +69,20 @@ def draw_epoch(client: Client, negatives: Negatives | None, batch_size: int | No
     position = jnp.arange(steps * rows, dtype=jnp.int32)
     real = position < client.length
     order_key, negative_key = jax.random.split(key)
-    place = position if client.slots is not None else permute(order_key, position, client.length)
-    place = jnp.where(real, place, capacity)
-
-    ids = client.item_ids.at[place].get(mode="fill", fill_value=client.num_items)
-    labels = client.labels.at[place].get(mode="fill", fill_value=0)
-    examples = Examples(ids[:, None], labels[:, None], real.astype(jnp.float32)[:, None])
     slots = None
     if client.slots is not None:
-        slots = client.slots.at[place].get(mode="fill", fill_value=client.row_ids.shape[0])
-        slots = slots.reshape(steps, rows, 1)
-    elif negatives is not None and negatives.num_per_positive:
+
+        def padded(values, fill):
+            return jnp.pad(values, (0, steps * rows - capacity), constant_values=fill)
+
+        slots = padded(client.slots, client.row_ids.shape[0]).reshape(steps, rows, 1)
+        ids, labels = padded(client.item_ids, client.num_items), padded(client.labels, 0)
+    else:
+        place = jnp.where(real, permute(order_key, position, client.length), capacity)
+        ids = client.item_ids.at[place].get(mode="fill", fill_value=client.num_items)
+        labels = client.labels.at[place].get(mode="fill", fill_value=0)
+    examples = Examples(ids[:, None], labels[:, None], real.astype(jnp.float32)[:, None])
+    if slots is None and negatives is not None and negatives.num_per_positive:
         drawn = _draw_negatives(client, negatives, position, negative_key)
         examples = jax.tree.map(lambda a, b: jnp.concatenate([a, b], 1), examples, drawn)
     examples = jax.tree.map(lambda x: x.reshape(steps, rows, *x.shape[1:]), examples)
@@ -173,7 +176,9 @@ def train(
     for name, table in tables.items():
         change = (table - received[name]).reshape(-1, table.shape[-1])
         num_rows = shared.tables[name].shape[0]
-        rows[name] = Rows(ids, jnp.where((ids < num_rows)[:, None], change, 0.0), num_rows)
+        if not compact:  # no slot leads to a compact table's padding, but a copy that rides along may decay there
+            change = jnp.where((ids < num_rows)[:, None], change, 0.0)
+        rows[name] = Rows(ids, change, num_rows)
     own_steps = jnp.maximum(jnp.any(epoch.examples.weights > 0, axis=(1, 2)).sum(), 1)
     return Trained(rows, jax.tree.map(jnp.subtract, dense, shared.dense), private, loss_sum / own_steps)
 

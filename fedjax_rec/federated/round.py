@@ -91,7 +91,7 @@ def make_rounds(
       ValueError: if the parts do not fit together; the message says which and why.
     """
     dp_event = transforms.dp_event(None)
-    _check(algorithm, dp_event, clients, mesh)
+    _check(algorithm, dp_event, sampler, clients, mesh)
     if mesh is not None:
         mesh = Mesh(mesh.devices, mesh.axis_names, axis_types=(AxisType.Auto,))  # the compiler places server tables
         replicated, by_client = NamedSharding(mesh, P()), NamedSharding(mesh, P("clients"))
@@ -249,7 +249,10 @@ def _traffic(algorithm, transforms, clients: ClientData) -> tuple[float, float]:
     return up / total, down / total
 
 
-def _check(algorithm, dp_event, clients, mesh) -> None:
+def _check(algorithm, dp_event, sampler, clients, mesh) -> None:
+    (num_sampled,) = jax.eval_shape(sampler.draw, jax.random.key(0)).shape
+    if num_sampled != clients.num_clients:
+        raise ValueError(f"The sampler draws from {num_sampled} clients and the population has {clients.num_clients}.")
     shards = 1 if mesh is None else mesh.shape["clients"]
     if clients.num_shards != shards:
         raise ValueError(f"The clients are laid out for {clients.num_shards} devices and the mesh has {shards}.")

@@ -59,8 +59,8 @@ def chain(*links: UpdateTransform) -> UpdateTransform:
     """Composes links: clients run them left to right, the server right to left.
 
     Raises:
-      ValueError: if a link needs a sensitivity bound that no earlier link gives, or if two links add noise (a chain
-        makes one release per round, so that one event describes it).
+      ValueError: if a link needs a sensitivity bound that no earlier link gives, if two links add noise (a chain
+        makes one release per round, so that one event describes it), or if a link after the noise raises the bound.
     """
     bounds: list[float | None] = [None]
     for link in links:
@@ -69,6 +69,11 @@ def chain(*links: UpdateTransform) -> UpdateTransform:
     released = [event for event in events if event is not None]
     if len(released) > 1:
         raise ValueError(f"{len(released)} links of this chain add noise; use one, with all of the noise in it.")
+    for index, event in enumerate(events):
+        # Clients run every link before the server adds noise, so a later link could undo the bound that it relies on.
+        bound, later = bounds[index + 1], bounds[index + 2 :]
+        if event is not None and bound is not None and any(b is None or b > bound for b in later):
+            raise ValueError(f"A link after the noise raises the bound from {bound} to {later}; put the noise last.")
 
     def init(params):
         return tuple(link.init(params) for link in links)
@@ -86,6 +91,11 @@ def chain(*links: UpdateTransform) -> UpdateTransform:
             total, states[index] = links[index].server(total, state[index], jax.random.fold_in(key, index))
         return total, tuple(states)
 
+    def sensitivity(bound):
+        for link in links:
+            bound = link.sensitivity(bound)
+        return bound
+
     def upload_bits(bits, update):
         for link in links:
             bits = link.upload_bits(bits, update)
@@ -95,7 +105,7 @@ def chain(*links: UpdateTransform) -> UpdateTransform:
         init=init,
         client=client,
         server=server,
-        sensitivity=lambda bound: bounds[-1],
+        sensitivity=sensitivity,
         dp_event=lambda bound: released[0] if released else None,
         upload_bits=upload_bits,
         linear=all(link.linear for link in links),

@@ -54,6 +54,8 @@ def matrix_factorization(
             losses = jnp.logaddexp(0.0, scores) - examples.labels * scores
         elif loss == "squared":
             losses = 0.5 * jnp.square(scores - examples.labels)
+        elif examples.ids.shape[-1] < 2:
+            raise ValueError("BPR compares each positive with its negatives; draw some: negatives=Negatives(...).")
         else:
             losses = jnp.logaddexp(0.0, scores[..., 1:] - scores[..., :1])
             weights = weights[..., 1:] * (weights[..., :1] > 0)

@@ -29,13 +29,13 @@ def clip_by_global_norm(l2_clip_norm: float) -> UpdateTransform:
     ``nonfinite`` counts them, ``clipped`` is the share of the cohort that was scaled down.
 
     Args:
-      l2_clip_norm: bound in units of the update, > 0.
+      l2_clip_norm: bound in units of the update, in [1e-12, 1e12]: float32 holds the squares of such norms.
 
     Raises:
-      ValueError: if the bound is not a positive finite number.
+      ValueError: if the bound is not such a number.
     """
-    if not 0 < l2_clip_norm < float("inf"):
-        raise ValueError(f"l2_clip_norm must be a positive finite number; got {l2_clip_norm}.")
+    if not 1e-12 <= l2_clip_norm <= 1e12:
+        raise ValueError(f"l2_clip_norm must be between 1e-12 and 1e12; got {l2_clip_norm}.")
 
     def client(update, state, key):
         del state, key

@@ -101,6 +101,7 @@ class TrainConfig:
         fedjax-rec train --dataset movielens/100k --data-dir ~/data/ml-100k
         fedjax-rec train --dataset ratings.csv --epsilon 4 --cohort-size 500 --rounds 300 --out runs/mine
         fedjax-rec train --resume --out runs/mine
+        fedjax-rec train --config runs/mine/config.json --seed 1
     """
 
     dataset: str = "synthetic"
@@ -167,15 +168,31 @@ def check(config: TrainConfig) -> None:
         "--delta": config.delta,
         "--cohort-size": config.cohort_size,
         "--client.batch-size": config.client.batch_size,
+        "--client.max-examples": config.client.max_examples,
         "--privacy.noise-multiplier": config.privacy.noise_multiplier,
+        "--privacy.popularity-noise-multiplier": config.privacy.popularity_noise_multiplier,
     }
     for flag, value in positive.items():
         if value is not None and not (value > 0 and math.isfinite(value)):
             raise ValueError(f"{flag} must be a positive number; got {value}.")
+    not_negative = {
+        "--client.lr": config.client.lr,
+        "--client.private-lr": config.client.private_lr,
+        "--client.num-negatives": config.client.num_negatives,
+        "--model.l2": config.model.l2,
+        "--model.init-stddev": config.model.init_stddev,
+        "--server.momentum": config.server.momentum,
+    }
+    for flag, value in not_negative.items():
+        if not (value >= 0 and math.isfinite(value)):
+            raise ValueError(f"{flag} must be a number that is not negative; got {value}.")
     if config.delta is not None and config.delta >= 1:
         raise ValueError(f"--delta must be below 1; got {config.delta}.")
-    if config.client.num_negatives < 0:
-        raise ValueError(f"--client.num-negatives must not be negative; got {config.client.num_negatives}.")
+    if not config.private and (config.delta is not None or config.privacy != PrivacyConfig()):
+        raise ValueError(
+            "--delta and --privacy.* do nothing without a budget; add --epsilon (or --privacy.noise-multiplier) to "
+            "train with privacy, or leave them out."
+        )
     if config.data.use_ratings and config.model.loss != "squared":
         raise ValueError("--data.use-ratings trains on ratings; add --model.loss squared.")
     if config.model.loss == "bpr" and not config.client.num_negatives:

@@ -28,6 +28,11 @@ from fedjax_rec.privacy.ledger import Budget, Ledger, affordable_rounds
 from fedjax_rec.privacy.mechanisms import user_level_dp
 from fedjax_rec.runs.config import TrainConfig
 
+KS = (5, 10, 20)
+METRIC = "ndcg@10"
+# Noise outside the rounds: numbers that no round has, folded into the noise key.
+POPULARITY_NOISE, BASELINE_NOISE = 2**32 - 1, 2**32 - 2
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class PrivacyPlan:
@@ -103,6 +108,8 @@ def prepare_data(config: TrainConfig) -> Data:
         interactions, note = k_core(interactions, config.data.k_core)
         notes.append(str(note))
     split = make_split(interactions, config)
+    notes += [f"Splitting: {count} {what}." for what, count in split.repairs.items() if count]
+    _check_evaluable(split)
     clients = client_data(
         split,
         exclusion=config.data.exclusion,
@@ -110,7 +117,7 @@ def prepare_data(config: TrainConfig) -> Data:
         num_shards=config.devices,
     )
     counts = split.train.counts_per_user
-    per_positive = config.client.num_negatives
+    per_positive = 0 if config.data.use_ratings else config.client.num_negatives
     short = int(np.sum(counts * per_positive > split.num_items - counts))
     if per_positive and short:
         notes.append(
@@ -118,6 +125,21 @@ def prepare_data(config: TrainConfig) -> Data:
             f"of {split.num_items} items has left; they take all of it, with a weight that makes up for it."
         )
     return Data(interactions, split, clients, tuple(notes))
+
+
+def _check_evaluable(split: Split) -> None:
+    """Refuses before training what evaluation would refuse after it."""
+    if split.num_items < max(KS):
+        raise ValueError(
+            f"{split.train.name} has {split.num_items} items, and the metrics need at least the largest cut-off, "
+            f"{max(KS)}: a list of {max(KS)} would hold everything. Use a larger catalogue."
+        )
+    for part, rows in {"validation": split.validation, "test": split.test}.items():
+        if not rows.num_interactions:
+            raise ValueError(
+                f"No user of {split.train.name} has enough interactions to hold one out for {part} ({split.rule}): "
+                "leave_one_out needs users with 3, ratio with 10. Use a larger data set."
+            )
 
 
 def make_split(interactions: Interactions, config: TrainConfig) -> Split:
@@ -141,6 +163,11 @@ def make_sampler(config: TrainConfig, num_clients: int) -> Sampler:
     Raises:
       ValueError: if the cohort is larger than the population.
     """
+    if config.cohort_size is not None and config.cohort_size > num_clients:
+        raise ValueError(
+            f"--cohort-size {config.cohort_size} is more than the population of {num_clients} clients; "
+            "choose a smaller one, or leave it out to take everyone."
+        )
     if config.cohort_size is None or (config.cohort_size == num_clients and config.sampler == "poisson"):
         return full_participation(num_clients)
     make = poisson if config.sampler == "poisson" else fixed_size
@@ -148,8 +175,8 @@ def make_sampler(config: TrainConfig, num_clients: int) -> Sampler:
 
 
 def default_delta(num_users: int) -> float:
-    """1 / users^1.1, to two digits: below one in the population, as a delta must be to mean anything."""
-    return float(f"{num_users**-1.1:.1e}")
+    """1 / users^1.1, to two digits, at most 0.1: below one in the population, as a delta must be to mean anything."""
+    return min(float(f"{num_users**-1.1:.1e}"), 0.1)
 
 
 def plan_privacy(config: TrainConfig, sampler: Sampler, num_clients: int) -> PrivacyPlan:
@@ -212,14 +239,16 @@ def make_server_optimizer(config: TrainConfig) -> optax.GradientTransformation:
     return makers[config.server.optimizer]()
 
 
-def prepare(config: TrainConfig, *, data: Data | None = None) -> Experiment:
+def prepare(config: TrainConfig, *, data: Data | None = None, keys: RoundKeys | None = None) -> Experiment:
     """Everything that a run needs; compiles nothing yet.
 
     Args:
       config: checked by `config.check`.
       data: from `prepare_data`, to share between runs.
+      keys: of the run to continue, from `training.saved_keys`; needed where they are secret.
     """
     data = prepare_data(config) if data is None else data
+    keys = make_keys(config) if keys is None else keys
     train, num_clients = data.split.train, data.clients.num_clients
     sampler = make_sampler(config, num_clients)
     plan = plan_privacy(config, sampler, num_clients) if config.private else None
@@ -233,7 +262,7 @@ def prepare(config: TrainConfig, *, data: Data | None = None) -> Experiment:
                 f"multiplier {plan.noise_multiplier:g}; the run stops there."
             )
     model = matrix_factorization(train.num_items, **dataclasses.asdict(config.model))
-    popularity = released_popularity(config, train)
+    popularity = released_popularity(config, train, noise_key=keys.noise)
     client = config.client
     negatives = Negatives(
         client.num_negatives if not config.data.use_ratings else 0,
@@ -270,19 +299,19 @@ def prepare(config: TrainConfig, *, data: Data | None = None) -> Experiment:
         model=model,
         rounds=rounds,
         sampler=sampler,
-        keys=make_keys(config),
+        keys=keys,
         privacy=plan,
         num_rounds=config.rounds if plan is None else plan.num_rounds,
         warnings=tuple(warnings),
     )
 
 
-def released_popularity(config: TrainConfig, train: Interactions) -> jax.Array | None:
+def released_popularity(config: TrainConfig, train: Interactions, *, noise_key: jax.Array) -> jax.Array | None:
     """Item counts for drawing negatives: exact without privacy, else one noised release that the ledger holds."""
     if config.client.negative_distribution != "popularity":
         return None
     if not config.private:
         return jax.numpy.asarray(train.item_counts, jax.numpy.float32)
-    key = jax.random.fold_in(jax.random.key(config.seed), 2)
+    key = jax.random.fold_in(noise_key, POPULARITY_NOISE)
     released: DpPopularity = dp_popularity(train, noise_multiplier=config.privacy.popularity_noise_multiplier, key=key)
     return released.counts

@@ -1,5 +1,6 @@
 """The result of a run: its test metrics beside baselines, what it spent, what it cost, and where it came from."""
 
+import contextlib
 import dataclasses
 import math
 import time
@@ -21,9 +22,9 @@ from fedjax_rec.privacy.calibration import calibrate_noise_multiplier
 from fedjax_rec.privacy.ledger import spent_to_dict
 from fedjax_rec.runs import directory
 from fedjax_rec.runs.config import TrainConfig, to_dict
-from fedjax_rec.runs.experiment import Data, Experiment, prepare
+from fedjax_rec.runs.experiment import BASELINE_NOISE, KS, METRIC, Data, Experiment, prepare
 from fedjax_rec.runs.stamp import stamp
-from fedjax_rec.runs.training import KS, METRIC, Outcome, evaluate_part, train
+from fedjax_rec.runs.training import Outcome, evaluate_part, train
 
 
 def privacy_statement(experiment: Experiment, outcome: Outcome) -> dict[str, Any] | None:
@@ -49,7 +50,8 @@ def baselines(
 ) -> dict[str, dict[str, Any]]:
     """Popularity; and, for a private run, popularity at the same epsilon and the same model without privacy.
 
-    Each private row is a release of its own: their epsilons are alternatives and do not share a ledger.
+    Each private row is a release of its own: their epsilons are alternatives and do not share a ledger. The row without
+    privacy is left out where the same learning rates diverge without clipping.
     """
     asked = cases(experiment.split, part)
     rows = {"popularity": evaluate(popularity_scorer(experiment.split.train), asked, ks=KS).values}
@@ -61,15 +63,16 @@ def baselines(
     if experiment.config.non_private_row:
         config = without_privacy(experiment.config)
         other = prepare(config, data=data)
-        outcome = train(other, folder=None, report=report)
-        rows["non_private"] = evaluate_part(other, outcome.state, outcome.private, part).values
+        with contextlib.suppress(FloatingPointError):
+            outcome = train(other, folder=None, report=report)
+            rows["non_private"] = evaluate_part(other, outcome.state, outcome.private, part).values
     return rows
 
 
 def without_privacy(config: TrainConfig) -> TrainConfig:
-    """The same run without clipping and noise."""
+    """The same run without clipping and noise, and so without secrets."""
     privacy = dataclasses.replace(config.privacy, noise_multiplier=None)
-    return dataclasses.replace(config, epsilon=None, delta=None, privacy=privacy)
+    return dataclasses.replace(config, epsilon=None, delta=None, secret_noise=False, privacy=privacy)
 
 
 def _dp_popularity_row(experiment: Experiment, asked) -> dict[str, Any]:
@@ -77,7 +80,7 @@ def _dp_popularity_row(experiment: Experiment, asked) -> dict[str, Any]:
     found = calibrate_noise_multiplier(
         dp_accounting.GaussianDpEvent, target_epsilon=plan.budget.epsilon, delta=plan.delta
     )
-    key = jax.random.fold_in(jax.random.key(experiment.config.seed), 3)
+    key = jax.random.fold_in(experiment.keys.noise, BASELINE_NOISE)
     released = dp_popularity(experiment.split.train, noise_multiplier=found.noise_multiplier, key=key)
     privacy = {
         "epsilon": found.epsilon,
@@ -209,13 +212,18 @@ def run(
     Returns:
       The content of result.json.
     """
-    start = time.perf_counter()
     if not (folder / directory.CONFIG).is_file():
         directory.write_json(folder / directory.CONFIG, to_dict(dataclasses.replace(config, resume=False)))
     outcome = train(experiment, folder=folder, report=lambda record: report("training", record))
+    start = time.perf_counter()
     rows = baselines(experiment, data=data, report=lambda record: report("non-private", record))
     if outcome.ledger is not None:
         outcome.ledger.save(folder / directory.LEDGER, delta=experiment.privacy.delta)
-    values = result(experiment, outcome, rows, seconds=time.perf_counter() - start)
+    values = result(experiment, outcome, rows, seconds=outcome.seconds + time.perf_counter() - start)
+    if experiment.privacy is not None and config.non_private_row and "non_private" not in rows:
+        values["warnings"].append(
+            "The same configuration without privacy diverged, so its row is missing: without clipping it needs lower "
+            "learning rates."
+        )
     directory.write_json(folder / directory.RESULT, values)
     return values

@@ -7,19 +7,18 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from fedjax_rec.evaluation.exact import Evaluation, evaluate
 from fedjax_rec.evaluation.heldout import cases
 from fedjax_rec.evaluation.scorers import client_scorer
+from fedjax_rec.federated.round import RoundKeys
 from fedjax_rec.privacy.curve import epsilon_curve
 from fedjax_rec.privacy.ledger import Ledger
 from fedjax_rec.runs import checkpoint, directory
 from fedjax_rec.runs.config import differences, from_dict, to_dict
-from fedjax_rec.runs.experiment import Experiment
-
-KS = (5, 10, 20)
-METRIC = "ndcg@10"
+from fedjax_rec.runs.experiment import KS, METRIC, Experiment
 
 
 class Outcome(NamedTuple):
@@ -71,44 +70,41 @@ def train(
       report: called with each log record.
 
     Raises:
-      ValueError: if the directory's checkpoint is of another configuration.
-      FloatingPointError: if the loss is no longer finite.
+      ValueError: if the directory's checkpoint is damaged, or of another configuration or other data.
+      OSError: if the disk is full; the last checkpoint is then still there.
+      FloatingPointError: if the loss or the parameters are no longer finite.
     """
     state, private = experiment.rounds.init(jax.random.fold_in(jax.random.key(experiment.config.seed), 0))
-    keys, plan = experiment.keys, experiment.privacy
+    plan = experiment.privacy
     ledger = None if plan is None else plan.ledger
     progress = {"round": 0, "seconds": 0.0, "clients": 0.0, "best_round": 0, "best": -1.0}
+    keep_best = selects_best(experiment)
     if folder is not None:
         found = _resume(folder, experiment, state, private)
         if found is not None:
-            state, private, keys, ledger, progress, _ = found
+            state, private, ledger, progress = found.state, found.private, found.ledger, found.progress
+        # Round 0 too: a run that is killed early goes on with its keys, and a disk too small is found out at once.
+        _save(folder, experiment, state, private, ledger, progress)
         directory.keep_records(folder, up_to_round=progress["round"])
     epsilons = _epsilons(experiment)
-    best = (state, private)
-    keep_best = selects_best(experiment)
-    if keep_best and folder is None:
-        best = jax.tree.map(np.asarray, best)
+    best = None
     span_seconds = []
     while progress["round"] < experiment.num_rounds:
         span = min(experiment.config.eval_every, experiment.num_rounds - progress["round"])
         start = time.perf_counter()
-        state, private, history = experiment.rounds.run(state, private, keys, span)
-        history = {name: np.asarray(values)[:span] for name, values in history.items()}
+        state, private, history = experiment.rounds.run(state, private, experiment.keys, span)
+        means = _means(history, span)
+        _check_finite(means["loss"], state.shared, private)
         span_seconds.append((time.perf_counter() - start) / span)
-        if not np.isfinite(history["loss"]).all():
-            raise FloatingPointError(
-                f"The training loss is not finite after round {progress['round'] + span}: training diverged. "
-                "Lower --server.lr, --client.lr or --client.private-lr; the last checkpoint is intact."
-            )
+        number = progress["round"] + span
         if plan is not None:
             ledger = _charge(ledger, experiment, span)
         validation = evaluate_part(experiment, state, private, "validation").values
-        number = progress["round"] + span
         improved = validation[METRIC] > progress["best"]
         progress = {
             "round": number,
             "seconds": progress["seconds"] + time.perf_counter() - start,
-            "clients": progress["clients"] + float(history["cohort_size"].sum()),
+            "clients": progress["clients"] + means["cohort_size"] * span,
             "best_round": number if improved else progress["best_round"],
             "best": validation[METRIC] if improved else progress["best"],
         }
@@ -118,32 +114,24 @@ def train(
             "rounds_per_s": 1.0 / span_seconds[-1],
             "epsilon": epsilons.get(number),
             "validation": validation,
-            **{name: float(values.mean()) for name, values in history.items()},
+            **means,
         }
         if improved and keep_best and folder is None:
-            best = jax.tree.map(np.asarray, (state, private))
+            best = jax.tree.map(np.asarray, (state, private))  # a copy: the next span is given these buffers
         if folder is not None:
             directory.append_record(folder, record)
-            saved = checkpoint.Checkpoint(state, private, keys, ledger, progress, to_dict(experiment.config))
-            if improved and keep_best:
-                checkpoint.save(folder / directory.BEST, saved)
-            checkpoint.save(folder / directory.LAST, saved)
+            _save(folder, experiment, state, private, ledger, progress)
             if ledger is not None:
                 ledger.save(folder / directory.LEDGER)
         report(record)
-    selected = progress["round"]
-    if keep_best and progress["round"]:
-        selected = progress["best_round"]
-        if folder is not None:
-            found = checkpoint.restore(folder / directory.BEST, state=state, private=private, keys=keys)
-            best = (found.state, found.private)
-        state, private = best
+    if keep_best:
+        state, private = best or _best(folder, state, private, progress["best_round"])
     later = span_seconds[1:]
     return Outcome(
         state=state,
         private=private,
         ledger=ledger,
-        selected_round=selected,
+        selected_round=progress["best_round"] if keep_best else progress["round"],
         rounds=progress["round"],
         seconds=progress["seconds"],
         compile_s=max(span_seconds[0] - float(np.median(later)), 0.0) * experiment.config.eval_every
@@ -152,6 +140,23 @@ def train(
         round_s=float(np.median(later)) if later else math.nan,
         mean_cohort_size=progress["clients"] / max(progress["round"], 1),
     )
+
+
+def _means(history: dict[str, jax.Array], span: int) -> dict[str, float]:
+    """Means over the rounds of a span; those of client metrics weigh each round by its cohort, which may be empty."""
+    values = {name: np.asarray(rows, np.float64)[:span] for name, rows in history.items()}
+    sizes = values.pop("cohort_size")
+    weights = sizes if sizes.any() else None
+    means = {name: float(np.average(rows, weights=weights)) for name, rows in values.items()}
+    return {"cohort_size": float(sizes.mean()), **means}
+
+
+def _check_finite(loss: float, shared: Any, private: Any) -> None:
+    if not math.isfinite(loss) or not all(jnp.isfinite(leaf).all() for leaf in jax.tree.leaves((shared, private))):
+        raise FloatingPointError(
+            "Training diverged: its loss or its parameters are no longer finite. Lower --server.lr, --client.lr or "
+            "--client.private-lr; the checkpoints and logs before that are intact."
+        )
 
 
 def _charge(ledger: Ledger, experiment: Experiment, rounds: int) -> Ledger:
@@ -182,8 +187,31 @@ def _epsilons(experiment: Experiment) -> dict[int, float | None]:
     return {point: float(e) if math.isfinite(e) else None for point, e in zip(points, epsilons, strict=True)}
 
 
+def _save(
+    folder: Path, experiment: Experiment, state: Any, private: Any, ledger: Ledger | None, progress: dict[str, Any]
+) -> None:
+    """Saves the last checkpoint and then, if it is that, the best: what a kill between them leaves out is made up for
+    by the same call on resuming."""
+    saved = checkpoint.Checkpoint(
+        state, private, experiment.keys, ledger, progress, to_dict(experiment.config), experiment.split.fingerprint
+    )
+    checkpoint.save(folder / directory.LAST, saved)
+    if selects_best(experiment) and progress["best_round"] == progress["round"]:
+        checkpoint.save(folder / directory.BEST, saved)
+
+
+def _best(folder: Path, state: Any, private: Any, best_round: int) -> tuple[Any, Any]:
+    found = checkpoint.restore(folder / directory.BEST, state=state, private=private)
+    if found is None or found.progress["round"] != best_round:
+        raise ValueError(
+            f"The checkpoint of the best round, {best_round}, is no longer in {folder / directory.BEST}. Put it back, "
+            "or train again with another --out."
+        )
+    return found.state, found.private
+
+
 def _resume(folder: Path, experiment: Experiment, state: Any, private: Any) -> checkpoint.Checkpoint | None:
-    found = checkpoint.restore(folder / directory.LAST, state=state, private=private, keys=experiment.keys)
+    found = checkpoint.describe(folder / directory.LAST)
     if found is None:
         return None
     other = differences(experiment.config, from_dict(found.config))
@@ -192,4 +220,24 @@ def _resume(folder: Path, experiment: Experiment, state: Any, private: Any) -> c
             f"The checkpoint in {folder} was made with another configuration ({'; '.join(other)}). "
             "Resume it with its own, or start a new run with another --out."
         )
-    return found
+    if found.split != experiment.split.fingerprint:
+        raise ValueError(
+            f"The data changed since the checkpoint in {folder} was made: its split had fingerprint "
+            f"{found.split[:12]}, and now it is {experiment.split.fingerprint[:12]}. Restore the data, or start a new "
+            "run with another --out."
+        )
+    if not _same_keys(found.keys, experiment.keys):
+        raise ValueError(
+            f"The checkpoint in {folder} was made with other secret keys; give `prepare` the `saved_keys` of it."
+        )
+    return checkpoint.restore(folder / directory.LAST, state=state, private=private)
+
+
+def _same_keys(first: RoundKeys, second: RoundKeys) -> bool:
+    return np.array_equal(*(np.stack([jax.random.key_data(key) for key in keys]) for keys in (first, second)))
+
+
+def saved_keys(folder: Path) -> RoundKeys | None:
+    """The keys of the run in a directory, for `prepare`; None if it has no checkpoint yet."""
+    found = checkpoint.describe(folder / directory.LAST)
+    return None if found is None else found.keys
