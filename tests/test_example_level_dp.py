@@ -1,10 +1,10 @@
 """Risk: one interaction moves a silo's noised gradient sums by more than the clip norm, or is accounted as less."""
 
 from dataclasses import replace
-from functools import partial
-from itertools import pairwise
+from functools import cache
 
 import jax
+import jax.extend
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -25,7 +25,6 @@ from fedjax_rec.models.base import Model, Shared, View
 from fedjax_rec.models.matrix_factorization import matrix_factorization
 from fedjax_rec.privacy.accounting import privacy_spent
 from fedjax_rec.privacy.ledger import Ledger
-from fedjax_rec.privacy.mechanisms import global_norm
 
 NUM_ITEMS, NUM_USERS, DIM, CAPACITY = 9, 3, 2, 12
 CLIP = 0.5
@@ -60,16 +59,16 @@ def make_silo(item_ids, users, *, length=None, labels=None, public_size=None, ca
     labels = np.ones(len(item_ids), np.float32) if labels is None else np.asarray(labels, np.float32)
 
     def padded(values, fill, dtype):
-        return jnp.full(capacity, fill, dtype).at[: len(values)].set(jnp.asarray(values, dtype))
+        return np.append(values, np.full(capacity - len(values), fill)).astype(dtype)
 
     return Silo(
-        client_id=jnp.int32(0),
-        length=jnp.int32(length),
-        item_ids=padded(item_ids, num_items, jnp.int32),
-        labels=padded(labels, 0, jnp.float32),
-        user_slots=padded(users, 0, jnp.int32),
-        public_size=jnp.float32(len(item_ids) if public_size is None else public_size),
-        weight=jnp.float32(1),
+        client_id=np.int32(0),
+        length=np.int32(length),
+        item_ids=padded(item_ids, num_items, np.int32),
+        labels=padded(labels, 0, np.float32),
+        user_slots=padded(users, 0, np.int32),
+        public_size=np.float32(len(item_ids) if public_size is None else public_size),
+        weight=np.float32(1),
         num_items=num_items,
     )
 
@@ -94,17 +93,32 @@ def algorithm(privacy, *, model=None, optimizer=None, num_users=NUM_USERS, **opt
     )
 
 
-def tree_distance(a, b):
-    return float(global_norm(jax.tree.map(jnp.subtract, a, b)))
+def norm(tree):
+    """The joint L2 norm, in float64."""
+    return np.sqrt(sum(np.sum(np.square(np.asarray(leaf, np.float64))) for leaf in jax.tree.leaves(tree)))
 
 
-@partial(jax.jit, static_argnames="chunk_size")
-def sum_of_batch(params, silo, in_batch, seed, chunk_size=5):
+PARAMETERS = parameters(full_model())
+
+
+@cache
+def compiled_update(privacy, **options):
+    return jax.jit(algorithm(privacy, **options).client_update)
+
+
+@jax.jit
+def sum_of_batch(params, silo, in_batch, seed):
     """The real pre-noise sum; the same seed gives every example the same negatives."""
     mechanism, key = ExampleLevelDp(1.0, CLIP, 0.0).mechanism, jax.random.key(seed)
-    return clipped_sum(
-        full_model(), mechanism, params, silo, in_batch, num_negatives=3, chunk_size=chunk_size, key=key
-    )[0]
+    return clipped_sum(full_model(), mechanism, params, silo, in_batch, num_negatives=3, chunk_size=5, key=key)[0]
+
+
+@jax.jit
+def change_by_one(params, silo, in_batch, one, seed):
+    """By how much the example at place ``one`` moves the sum of a batch."""
+    is_one = jnp.arange(CAPACITY) == one
+    sums = [sum_of_batch(params, silo, batch, seed) for batch in (in_batch | is_one, in_batch & ~is_one)]
+    return jax.tree.map(jnp.subtract, *sums)
 
 
 MAGNITUDES = st.sampled_from([0.0, 1e-30, 1e-3, 1.0, 1e4, 1e18, 1e30, np.inf, np.nan])
@@ -121,102 +135,101 @@ MAGNITUDES = st.sampled_from([0.0, 1e-30, 1e-3, 1.0, 1e4, 1e18, 1e30, np.inf, np
     seed=st.integers(0, 2**31 - 1),
 )
 def test_one_example_moves_the_sum_by_at_most_the_clip_norm(items, users, in_batch, one, label, scale, seed):
-    shared, private = parameters(full_model(), seed % 5)
-    params = jax.tree.map(lambda x: x * scale, shared), private
+    shared, private = PARAMETERS
+    params = jax.tree.map(lambda x: x * np.float32(scale), shared), private
     silo = make_silo(items, users, labels=np.where(np.arange(CAPACITY) == one, label, 1.0))
-    with_one = np.array(in_batch) | (np.arange(CAPACITY) == one)
-    without = with_one & (np.arange(CAPACITY) != one)
-    moved = tree_distance(sum_of_batch(params, silo, with_one, seed), sum_of_batch(params, silo, without, seed))
-    assert moved <= CLIP * (1 + 1e-5)  # false for NaN too
+    moved = change_by_one(params, silo, np.array(in_batch), one, seed)
+    assert norm(moved) <= CLIP * (1 + 1e-5)  # false for NaN too
 
 
-@pytest.mark.parametrize(("label", "expected"), [(1e4, CLIP), (1e18, CLIP), (np.nan, 0.0), (np.inf, 0.0)])
+@pytest.mark.parametrize(("label", "expected"), [(1e4, CLIP), (1e18, CLIP), (1e30, 0.0), (np.nan, 0.0), (np.inf, 0.0)])
 def test_a_huge_example_counts_with_the_clip_norm_and_a_broken_one_with_nothing(label, expected):
-    params, silo = parameters(full_model()), random_silo(0, labels=[label] + [1.0] * (CAPACITY - 1))
-    everyone = np.ones(CAPACITY, bool)
-    whole, rest = (sum_of_batch(params, silo, batch, 0) for batch in (everyone, np.arange(CAPACITY) > 0))
-    moved = tree_distance(whole, rest)
-    assert moved == pytest.approx(expected, abs=1e-5)
+    silo = random_silo(0, labels=[label] + [1.0] * (CAPACITY - 1))
+    moved = change_by_one(PARAMETERS, silo, np.ones(CAPACITY, bool), 0, 0)
+    assert norm(moved) == pytest.approx(expected, abs=1e-5)
     if expected:  # rows, dense and private leaves share one norm
-        change = jax.tree.map(jnp.subtract, whole, rest)
-        parts = [float(global_norm(part)) for part in (change[0].tables, change[0].dense, change[1])]
-        assert min(parts) > 0.01
-        assert np.linalg.norm(parts) == pytest.approx(CLIP, rel=1e-4)
+        assert min(norm(part) for part in (moved[0].tables, moved[0].dense, moved[1])) > 0.01
 
 
-@pytest.mark.parametrize("label", [1.0, 1e4, 1e30, np.nan])
-@pytest.mark.parametrize("seed", range(3))
-def test_one_example_moves_the_real_local_step_by_at_most_the_clip_norm(label, seed):
-    privacy = ExampleLevelDp(0.6, CLIP, 0.0)
-    update = jax.jit(algorithm(privacy).client_update)
-    shared, private = parameters(full_model(), seed)
+def test_silos_side_by_side_sum_as_they_do_alone():
+    silos = [random_silo(seed) for seed in range(3)]
+    batches = np.arange(CAPACITY) < np.array([[0], [3], [CAPACITY]])  # none, one and three chunks of 5
+    together = jax.vmap(sum_of_batch, (None, 0, 0, 0))(
+        PARAMETERS, jax.tree.map(lambda *x: jnp.stack(x), *silos), batches, np.arange(3)
+    )
+    for index, silo in enumerate(silos):
+        alone = sum_of_batch(PARAMETERS, silo, batches[index], index)
+        for one, other in zip(jax.tree.leaves(alone), jax.tree.leaves(together), strict=True):
+            np.testing.assert_allclose(one, other[index], rtol=1e-5, atol=1e-6)
+    assert norm(jax.tree.map(lambda x: x[0], together)) == 0
+
+
+@pytest.mark.parametrize("label", [1.0, 1e4, np.nan])
+def test_one_example_moves_the_real_local_step_by_at_most_the_clip_norm(label):
+    update = compiled_update(ExampleLevelDp(0.6, CLIP, 0.0))
     labels = [1.0] * (CAPACITY - 1) + [label]
     moves = []
-    for step_seed in range(8):
+    for seed in range(20):
         outputs = []
         for length in (CAPACITY, CAPACITY - 1):  # the same key: the same draws for all that both have
             silo = random_silo(seed, labels=labels, length=length, public_size=CAPACITY)
-            output = update(shared, private, silo, 1, jax.random.key(step_seed))
+            output = update(*PARAMETERS, silo, 1, jax.random.key(seed))
             outputs.append((output.update, output.private))
-        moves.append(0.6 * CAPACITY * tree_distance(*outputs))  # times the expected batch: the sum itself
-    assert max(moves) <= CLIP * (1 + 1e-4)  # the parameters' own rounding comes on top
-    if np.isfinite(label):  # 8 draws at 0.6 take the last example in (fails once in 1500 seeds; these are fixed)
-        assert max(moves) > 0.01
-    else:
-        assert max(moves) < 1e-4
+        step = norm(jax.tree.map(lambda a, b: np.asarray(a) - np.asarray(b), *outputs))
+        moves.append(0.6 * CAPACITY * step)  # times the expected batch size: the sum itself
+    assert max(moves) <= CLIP * (1 + 1e-5)
+    joined = np.array(moves) > 1e-4
+    assert not joined.any() if np.isnan(label) else 5 < joined.sum() < 19  # it takes part with probability 0.6
 
 
-def dense_reference(model, privacy, shared, private, silo, key, optimizer, num_negatives):
-    """The algorithm box, one example at a time, with gradients of whole tables."""
-    params = (shared, private)
+@jax.jit
+def dense_gradient(params, example, user):
+    """The gradient of one example with respect to whole tables."""
+
+    def loss(params):
+        shared, private = params
+        rows = {name: table.at[example.ids].get(mode="clip") for name, table in shared.tables.items()}
+        return full_model().loss(View(rows, shared.dense), jax.tree.map(lambda x: x[user], private), example, None)
+
+    return jax.grad(loss)(params)
+
+
+def dense_reference(privacy, params, silo, key, optimizer, num_negatives):
+    """The algorithm box, one example at a time."""
     opt_state = optimizer.init(params)
     for step in range(privacy.num_local_steps):
         batch_key, example_key, _ = jax.random.split(jax.random.fold_in(key, step), 3)
-        total = jax.tree.map(np.zeros_like, params)
         negative_key, _ = jax.random.split(example_key)
+        total = jax.tree.map(np.zeros_like, params)
         for place in np.flatnonzero(draw_batch(silo, privacy.sampling_prob, batch_key)):
             example = draw_examples(silo, jnp.array([place]), num_negatives=num_negatives, key=negative_key)
-            ids, user = np.array(example.ids), silo.user_slots[place]
-
-            def loss(params, ids=ids, user=user, example=example):
-                rows = {name: table.at[ids].get(mode="clip") for name, table in params[0].tables.items()}
-                own = jax.tree.map(lambda x: x[user], params[1])
-                return model.loss(View(rows, params[0].dense), own, example, None)
-
-            gradient = jax.grad(loss)(params)
-            norm = np.sqrt(sum(np.sum(np.square(leaf)) for leaf in jax.tree.leaves(gradient)))
-            factor = min(1.0, privacy.l2_clip_norm / norm)
-            total = jax.tree.map(lambda t, g, factor=factor: t + factor * g, total, gradient)
-        mean = jax.tree.map(lambda t: t / (privacy.sampling_prob * float(silo.public_size)), total)
+            gradient = dense_gradient(params, example, silo.user_slots[place])
+            factor = min(1.0, privacy.l2_clip_norm / norm(gradient))
+            total = jax.tree.map(lambda t, g, factor=factor: t + factor * np.asarray(g), total, gradient)
+        mean = jax.tree.map(lambda t: jnp.asarray(t / (privacy.sampling_prob * 14)), total)
         updates, opt_state = optimizer.update(mean, opt_state, params)
         params = optax.apply_updates(params, updates)
-    return jax.tree.map(jnp.subtract, params[0], shared), params[1]
+    return params
 
 
-@pytest.mark.parametrize("optimizer", [optax.sgd(0.3, momentum=0.9), optax.adam(0.05)], ids=["momentum", "adam"])
-def test_local_steps_equal_a_loop_over_single_examples(optimizer):
-    model, privacy = full_model(), ExampleLevelDp(0.7, CLIP, 0.0, num_local_steps=3)
-    shared, private = parameters(model)
-    silo, key = random_silo(4, num=10, labels=np.linspace(-3, 3, 10), public_size=14), jax.random.key(5)
-    output = jax.jit(algorithm(privacy, optimizer=optimizer).client_update)(shared, private, silo, 3, key)
-    again = jax.random.clone(key)
-    expected = dense_reference(model, privacy, shared, private, silo, again, optimizer, num_negatives=3)
+def test_local_steps_equal_a_loop_over_single_examples():
+    privacy, optimizer = ExampleLevelDp(0.7, 2.0, 0.0, num_local_steps=3), optax.sgd(0.3, momentum=0.9)
+    silo = jax.tree.map(jnp.asarray, random_silo(4, num=10, labels=np.linspace(-3, 3, 10), public_size=14))
+    output = compiled_update(privacy, optimizer=optimizer)(*PARAMETERS, silo, 3, jax.random.key(5))
+    shared, private = dense_reference(privacy, PARAMETERS, silo, jax.random.key(5), optimizer, num_negatives=3)
+    expected = jax.tree.map(jnp.subtract, shared, PARAMETERS[0]), private
     for found, wanted in zip(jax.tree.leaves((output.update, output.private)), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(found, wanted, rtol=2e-5, atol=2e-6)
-    assert 0 < output.metrics["clipped"] < 1
+    assert 0.1 < output.metrics["clipped"] < 0.9
 
 
-@pytest.mark.parametrize("chunk_size", [1, 7, 64])
-def test_chunks_and_padding_change_nothing(chunk_size):
-    privacy = ExampleLevelDp(0.7, CLIP, 1.0, num_local_steps=2)
-    shared, private = parameters(full_model())
+def test_chunks_and_padding_change_nothing():
     results = []
-    for size, capacity in ((5, CAPACITY), (chunk_size, 30)):
-        silo = random_silo(2, capacity=capacity)
-        update = jax.jit(algorithm(privacy, example_chunk_size=size).client_update)
-        output = update(shared, private, silo, 2, jax.random.key(3))
-        results.append((output.update, output.private))
-    for one, other in zip(*map(jax.tree.leaves, results), strict=True):
+    for chunk_size, capacity in ((1, CAPACITY), (64, 30)):
+        update = compiled_update(ExampleLevelDp(0.5, CLIP, 1.0), example_chunk_size=chunk_size)
+        output = update(*PARAMETERS, random_silo(2, capacity=capacity), 1, jax.random.key(3))
+        results.append(jax.tree.leaves((output.update, output.private)))
+    for one, other in zip(*results, strict=True):
         np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-6)
 
 
@@ -263,60 +276,35 @@ def test_more_negatives_than_items_are_refused():
         draw_examples(random_silo(0), jnp.arange(2), num_negatives=10, key=jax.random.key(0))
 
 
-def test_noise_has_its_scale_on_every_entry_once_per_step():
-    model = full_model(num_items=300, dim=16)
-    num_users, noise_multiplier, steps, expected_batch = 200, 2.0, 3, 0.5 * CAPACITY
-    shared, private = parameters(model, num_users=num_users)
+def test_noise_has_its_scale_on_every_entry_and_is_fresh_in_each_step():
+    noise_multiplier, runs = 2.0, 20_000
+    silo = random_silo(1, length=0)  # no example, so no chunk at all: noised like any other
 
-    def noise(step_count):
-        """What noise alone does to each leaf in 60 runs, in units of one step's standard deviation."""
-        runs = []
-        for z in (noise_multiplier, 0.0):
-            privacy = ExampleLevelDp(0.5, CLIP, z, num_local_steps=step_count)
-            update = algorithm(privacy, model=model, num_users=num_users).client_update
-            silo = random_silo(1, length=0, num_items=300)  # no example at all: noised like any other
+    def noise(steps):
+        """What noise alone does to the leaves in many runs, in units of one step's standard deviation."""
+        privacy = ExampleLevelDp(0.5, CLIP, noise_multiplier, num_local_steps=steps)
+        update = jax.vmap(algorithm(privacy).client_update, (None, None, None, None, 0))
+        output = jax.jit(update)(*PARAMETERS, silo, steps, jax.random.split(jax.random.key(2), runs))
+        change = output.update, jax.tree.map(lambda new, old: new - old[None], output.private, PARAMETERS[1])
+        unit = noise_multiplier * CLIP / (0.5 * CAPACITY)
+        return [np.asarray(leaf).reshape(runs, -1) / unit for leaf in jax.tree.leaves(change)]
 
-            def run(key, update=update, silo=silo):
-                output = update(shared, private, silo, step_count, key)
-                return output.update, output.private
-
-            runs.append(jax.jit(jax.vmap(run))(jax.random.split(jax.random.key(2), 60)))
-        return jax.tree.map(lambda a, b: (a - b) * expected_batch / (noise_multiplier * CLIP), *runs)
-
-    for change in jax.tree.leaves(noise(steps)):
-        values = np.asarray(change)
-        spread = 4 / np.sqrt(2 * values.size)
-        assert np.std(values) / np.sqrt(steps) == pytest.approx(1, rel=max(0.01, spread))
-        assert abs(values.mean()) < 5 * np.sqrt(steps / values.size)
-        assert (values.std(0) > 0.5).all()  # every row, also those that no example touched
-    large = np.asarray(noise(1)[0].tables["item"]).ravel()
-    assert large.size > 250_000
-    assert np.std(large) == pytest.approx(1, rel=0.01)
-    assert stats.kstest(large, "norm").pvalue > 1e-3
-
-
-def test_noise_is_fresh_in_every_silo_step_and_round():
-    """The round folds its number and the silo's id into the key: other key, other noise; other step, other noise."""
-    shared, private = parameters(full_model())
-
-    def noise(steps, *folds):
-        key = jax.random.key(0)
-        for fold in folds:
-            key = jax.random.fold_in(key, fold)
-        update = algorithm(ExampleLevelDp(0.5, CLIP, 1.0, num_local_steps=steps)).client_update
-        return update(shared, private, random_silo(1, length=0), steps, key).update.tables["item"]
-
-    first = noise(1, 0, 0)
-    others = [noise(1, 0, 1), noise(1, 1, 0), noise(2, 0, 0) - first]
-    np.testing.assert_array_equal(noise(1, 0, 0), first)
-    assert all(np.abs(a - b).min() > 1e-6 for a, b in pairwise([first, *others, first]))
+    first, both = (np.concatenate(noise(steps), axis=1) for steps in (1, 2))
+    second = both - first  # the same keys
+    num_entries = sum(leaf.size for leaf in jax.tree.leaves(PARAMETERS))
+    for draws in (first, second):
+        assert draws.shape == (runs, num_entries)
+        assert draws.std() == pytest.approx(1, rel=0.01)
+        np.testing.assert_allclose(draws.std(0), 1, rtol=4.5 / np.sqrt(2 * runs))  # every entry: all rows, all users
+        assert stats.kstest(draws.ravel()[:200_000], "norm").pvalue > 1e-3
+    correlation = np.corrcoef(np.concatenate([first, second], axis=1).T) - np.eye(2 * num_entries)
+    assert np.abs(correlation).max() < 5 / np.sqrt(runs)  # entries and steps are independent
 
 
 def test_the_sum_is_divided_by_the_declared_and_not_the_realised_size():
-    shared, private = parameters(full_model())
-    update = jax.jit(algorithm(ExampleLevelDp(0.5, CLIP, 1.0)).client_update)
+    update = compiled_update(ExampleLevelDp(0.5, CLIP, 1.0), example_chunk_size=1)
     outputs = {
-        (length, size): update(shared, private, random_silo(1, length=length, public_size=size), 1, jax.random.key(0))
+        (length, size): update(*PARAMETERS, random_silo(1, length=length, public_size=size), 1, jax.random.key(0))
         for length, size in ((CAPACITY, 12), (CAPACITY, 24), (0, 12), (0, 24))
     }
     for length in (CAPACITY, 0):
@@ -336,7 +324,7 @@ def test_no_array_grows_with_examples_times_items():
     def sizes(jaxpr):
         for equation in jaxpr.eqns:
             yield from (variable.aval.size for variable in equation.outvars)
-            for inner in jax.core.jaxprs_in_params(equation.params):
+            for inner in jax.extend.core.jaxprs_in_params(equation.params):
                 yield from sizes(inner)
 
     found = list(sizes(jaxpr.jaxpr))
@@ -375,7 +363,7 @@ def test_other_ledgers_refuse_the_rounds(ledger):
     [
         ({"sampling_prob": 0.0}, "sampling_prob must be in"),
         ({"sampling_prob": 1.5}, "got 1.5"),
-        ({"l2_clip_norm": 0.0}, "must be a positive finite number"),
+        ({"l2_clip_norm": 0.0}, "l2_clip_norm must be .* got 0.0"),
         ({"noise_multiplier": -1.0}, "not negative; got -"),
         ({"num_local_steps": 0}, "num_local_steps must be at least 1; got 0"),
     ],
@@ -433,14 +421,10 @@ def test_private_silos_learn_and_only_shared_parameters_leave_them():
     method = algorithm(
         privacy, model=model, optimizer=optax.adam(0.1), num_users=silos.users_per_silo, example_chunk_size=32
     )
-    results = []
-    for chunk_size in (1, 3):  # silos side by side share their trip counts, and nothing else
-        rounds = make_rounds(method, chain(), full_participation(3), silos.clients, span_size=8, chunk_size=chunk_size)
-        state, private = rounds.init(jax.random.key(0))
-        keys = RoundKeys(*jax.random.split(jax.random.key(1), 3))
-        results.append(rounds.run(state, private, keys, 8))
-    (state, private, metrics), (other, _, _) = results
-    np.testing.assert_allclose(state.shared.tables["item"], other.shared.tables["item"], rtol=1e-3, atol=1e-4)
+    rounds = make_rounds(method, chain(), full_participation(3), silos.clients, span_size=8, chunk_size=3)
+    state, private = rounds.init(jax.random.key(0))
+    keys = RoundKeys(*jax.random.split(jax.random.key(1), 3))
+    state, private, metrics = rounds.run(state, private, keys, 8)
     assert rounds.dp_event is None  # the chain claims nothing; the silos' steps are charged by record_rounds
     assert {leaf.shape for leaf in jax.tree.leaves(state.shared)} == {(20, 4), (20, 1)}
     assert private["user"].shape == (3, 16, 4)

@@ -3,9 +3,13 @@
 import dataclasses
 import json
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
+
+if TYPE_CHECKING:
+    from fedjax_rec.runs.checkpoint import Checkpoint
+    from fedjax_rec.runs.experiment import Experiment
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -38,23 +42,22 @@ def run(config: EvaluateConfig) -> int:
 
     from fedjax_rec.evaluation import cases, client_scorer, evaluate, expect_sampled
     from fedjax_rec.reporting import Table, to_rich
-    from fedjax_rec.runs import checkpoint, directory
     from fedjax_rec.runs import config as configs
+    from fedjax_rec.runs import directory
     from fedjax_rec.runs.experiment import prepare
-    from fedjax_rec.runs.results import without_privacy
+    from fedjax_rec.runs.results import rating_metrics, without_privacy
+    from fedjax_rec.runs.training import selects_best
 
     if not config.run.is_dir():
         raise FileNotFoundError(f"There is no run directory {config.run}.")
     saved = configs.load(config.run)
     saved = dataclasses.replace(saved, data_dir=config.data_dir or saved.data_dir)
-    experiment = prepare(without_privacy(saved))  # the chain keeps no state, so the parameters have the same shapes
-    which = config.checkpoint
-    if which == "auto":
-        which = "best" if saved.select == "best" or (saved.select == "auto" and not saved.private) else "last"
-    folder = config.run / (directory.BEST if which == "best" else directory.LAST)
-    found = checkpoint.restore_parameters(folder, rounds=experiment.rounds, keys=experiment.keys)
+    # No link of the chain keeps state, so a run without privacy has parameters of the same shapes.
+    experiment = prepare(dataclasses.replace(without_privacy(saved), devices=1))
+    best = selects_best(saved) if config.checkpoint == "auto" else config.checkpoint == "best"
+    found = _parameters(experiment, config.run / (directory.BEST if best else directory.LAST), devices=saved.devices)
     evaluation = evaluate(
-        client_scorer(experiment.model.score, shared=found.shared, private=found.private),
+        client_scorer(experiment.model.score, shared=found.state.shared, private=found.private),
         cases(experiment.split, config.part),
         ks=config.ks,
         ties=config.ties,
@@ -62,9 +65,10 @@ def run(config: EvaluateConfig) -> int:
     values = dict(evaluation.values)
     if int(evaluation.ranks.num_candidates.min()) > 100:
         values |= expect_sampled(evaluation, num_negatives=99, ks=(10,)).values
+    values |= rating_metrics(experiment, found.state, found.private, config.part)
     answer = {
         "part": config.part,
-        "round": found.round,
+        "round": found.progress["round"],
         "users": evaluation.num_users,
         "metrics": values,
         "split": evaluation.fingerprint,
@@ -73,10 +77,29 @@ def run(config: EvaluateConfig) -> int:
     if config.json:
         print(json.dumps(answer))
         return 0
-    table = Table(
-        columns=("metric", "value"),
-        rows=tuple(values.items()),
-        caption=f"{config.run}, round {found.round}, {config.part}: {evaluation.num_users:,} users, full catalogue",
-    )
+    caption = f"{config.run}, round {answer['round']}, {config.part}: {evaluation.num_users:,} users, full catalogue"
+    table = Table(columns=("metric", "value"), rows=tuple(values.items()), caption=caption)
     Console().print(to_rich(table))
     return 0
+
+
+def _parameters(experiment: "Experiment", folder: Path, *, devices: int) -> "Checkpoint":
+    """The checkpoint in a folder, brought onto one device from the number of devices that the run had."""
+    import jax
+
+    from fedjax_rec.runs import checkpoint
+
+    found = checkpoint.describe(folder)
+    if found is None:
+        raise FileNotFoundError(f"There is no complete checkpoint in {folder}; the run was stopped before its first.")
+    if found.split != experiment.split.fingerprint:
+        raise ValueError(
+            f"The data changed since the run: its split had fingerprint {found.split[:12]}, and now it is "
+            f"{experiment.split.fingerprint[:12]}. Restore the data, or name its folder with --data-dir."
+        )
+    here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    num_private = -(-experiment.clients.num_clients // devices) * devices
+    state, private = jax.eval_shape(experiment.rounds.init, jax.random.key(0))
+    state = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), state)
+    private = jax.tree.map(lambda x: jax.ShapeDtypeStruct((num_private, *x.shape[1:]), x.dtype, sharding=here), private)
+    return checkpoint.restore(folder, state=state, private=private)

@@ -1,5 +1,6 @@
 """The command line: `fedjax-rec train | evaluate | epsilon | data`."""
 
+import errno
 import os
 import sys
 from collections.abc import Sequence
@@ -17,6 +18,8 @@ DESCRIPTION = """Federated recommenders with honest differential privacy, at acc
 
 Start with `fedjax-rec train --epsilon 8`: it needs no data and no network, and prints what privacy costs."""
 
+RESUME = "`fedjax-rec train --resume --out RUN` continues a run from its last checkpoint"
+
 
 def main(args: Sequence[str] | None = None) -> int:
     """Parses the command line and runs one verb.
@@ -32,11 +35,22 @@ def main(args: Sequence[str] | None = None) -> int:
     except (ValueError, OSError, FloatingPointError, ImportError, RuntimeError) as error:
         if os.environ.get("FEDJAX_REC_TRACEBACK"):
             raise
-        print(f"fedjax-rec: {error}", file=sys.stderr)
+        print(f"fedjax-rec: {_sentence(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("\nfedjax-rec: interrupted; `--resume --out RUN` continues from the last checkpoint.", file=sys.stderr)
+        way_on = f"; {RESUME}" if args and args[0] == "train" else ""
+        print(f"\nfedjax-rec: interrupted{way_on}.", file=sys.stderr)
         return 130
+
+
+def _sentence(error: Exception) -> str:
+    """The error's own sentence, or one for what the operating system reports in a word."""
+    if not isinstance(error, OSError) or error.errno is None:
+        return str(error)
+    if error.errno == errno.ENOSPC:
+        return f"the disk is full. Free some space; {RESUME}."
+    where = "" if error.filename is None else f" at {error.filename}"
+    return f"{error.strerror}{where}; check the path and its permissions."
 
 
 def entry() -> None:

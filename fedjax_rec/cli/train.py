@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from fedjax_rec.reporting import epsilon_label, result_table, to_rich
@@ -16,6 +17,7 @@ from fedjax_rec.runs import directory
 from fedjax_rec.runs.config import TrainConfig
 from fedjax_rec.runs.experiment import Experiment, prepare, prepare_data
 from fedjax_rec.runs.results import run as run_experiment
+from fedjax_rec.runs.training import saved_keys
 
 
 def run(config: TrainConfig) -> int:
@@ -27,18 +29,20 @@ def run(config: TrainConfig) -> int:
     console = Console()
     configs.check(config)
     folder = config.out or _new_folder(config)
-    directory.start(folder, resume=config.resume)
+    directory.check(folder, resume=config.resume)
     if config.resume:
         _check_same(config, folder)
-    console.print(_headline(config, folder))
+    console.print(_headline(config, folder), soft_wrap=True)
     data = prepare_data(config)
-    experiment = prepare(config, data=data)
-    console.print(_plan(experiment))
+    experiment = prepare(config, data=data, keys=saved_keys(folder) if config.resume else None)
+    console.print(_plan(experiment), soft_wrap=True)
     for warning in experiment.warnings:
-        console.print(f"[yellow]note[/] {warning}", highlight=False)
+        console.print(f"[yellow]note[/] {escape(warning)}", highlight=False, soft_wrap=True)
     with _progress(console, experiment) as report:
         result = run_experiment(config, data=data, experiment=experiment, folder=folder, report=report)
     page = write_report(folder)
+    for warning in result["warnings"][len(experiment.warnings) :]:
+        console.print(f"[yellow]note[/] {escape(warning)}", highlight=False, soft_wrap=True)
     console.print()
     console.print(to_rich(result_table(result), max_width=console.width))
     console.print(f"\nEpsilon: {epsilon_label(result['privacy'])}", highlight=False)
@@ -62,7 +66,7 @@ def _check_same(config: TrainConfig, folder: Path) -> None:
 
 def _headline(config: TrainConfig, folder: Path) -> str:
     verb = "Resuming" if config.resume else "Training"
-    return f"[bold]{verb}[/] on {config.dataset} for {config.rounds} rounds, into {folder}"
+    return f"[bold]{verb}[/] on {escape(config.dataset)} for {config.rounds} rounds, into {escape(str(folder))}"
 
 
 def _plan(experiment: Experiment) -> str:
@@ -87,7 +91,7 @@ def _plan(experiment: Experiment) -> str:
 @contextlib.contextmanager
 def _progress(console: Console, experiment: Experiment) -> Iterator:
     """A progress bar per phase on a terminal, and a line now and then where there is none."""
-    total = experiment.num_rounds
+    totals = {"training": experiment.num_rounds, "non-private": experiment.config.rounds}
     columns = (
         TextColumn("{task.description:11}"),
         BarColumn(),
@@ -97,19 +101,21 @@ def _progress(console: Console, experiment: Experiment) -> Iterator:
         TextColumn("{task.fields[said]}"),
     )
     with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
-        tasks = {"training": bar.add_task("training", total=total, said="compiling")}
+        tasks = {"training": bar.add_task("training", total=totals["training"], said="compiling")}
 
         def report(phase, record):
+            total = totals[phase]
             if phase not in tasks:
-                tasks[phase] = bar.add_task(phase, total=experiment.config.rounds, said="compiling")
-            said = f"{record['rounds_per_s']:.1f} rounds/s  loss {record['loss']:.4f}  "
+                tasks[phase] = bar.add_task(phase, total=total, said="compiling")
+            said = f"{record['rounds_per_s']:.1f} rounds/s  "
+            said += "no clients  " if record["loss"] is None else f"loss {record['loss']:.4f}  "
             said += f"ndcg@10 {record['validation']['ndcg@10']:.4f}"
             if record["epsilon"] is not None:
                 said += f"  ε {record['epsilon']:.3f}"
             bar.update(tasks[phase], completed=record["round"], said=said)
             step = experiment.config.eval_every * max(total // experiment.config.eval_every // 5, 1)
             if not console.is_terminal and (record["round"] % step == 0 or record["round"] == total):
-                console.print(f"{phase:11} round {record['round']:>5}/{total}  {said}", highlight=False)
+                console.print(f"{phase:11} round {record['round']:>5}/{total}  {said}", highlight=False, soft_wrap=True)
 
         yield report
 
@@ -119,5 +125,6 @@ def default_for(resume_folder: Path | None, config_file: Path | None) -> TrainCo
     if config_file is not None:
         return dataclasses.replace(configs.load(config_file), out=None, resume=False)
     if resume_folder is not None:
+        directory.check(resume_folder, resume=True)
         return dataclasses.replace(configs.load(resume_folder), out=resume_folder)
     return TrainConfig()

@@ -47,24 +47,21 @@ def permute(key: jax.Array, index: jax.Array, size: jax.Array | int) -> jax.Arra
         moved = coordinate + hashed.astype(jnp.int32)
         return jnp.where(moved >= extent, moved - extent, moved)
 
-    def network(row, column):
-        for i in range(0, NUM_FEISTEL_ROUNDS, 2):
-            row = shift(row, column, height, round_keys[i])
-            column = shift(column, row, width, round_keys[i + 1])
-        return row, column
-
-    def outside(row, column):
-        return row * width + column >= size
-
-    def walk(cell):
+    def both_shifts(i, cell):
         row, column = cell
-        next_row, next_column = network(row, column)
-        again = outside(row, column)
-        return jnp.where(again, next_row, row), jnp.where(again, next_column, column)
+        row = shift(row, column, height, round_keys[2 * i])
+        return row, shift(column, row, width, round_keys[2 * i + 1])
+
+    def walk(carry):
+        cell, pending = carry
+        # A loop, not unrolled: the ten shifts would be half of a round's compilation time.
+        moved = jax.lax.fori_loop(0, NUM_FEISTEL_ROUNDS // 2, both_shifts, cell)
+        row, column = (jnp.where(pending, new, old) for new, old in zip(moved, cell, strict=True))
+        return (row, column), pending & (row * width + column >= size)
 
     index = jnp.clip(index, 0, size - 1)
-    cell = network(index // width, index % width)
-    row, column = jax.lax.while_loop(lambda cell: outside(*cell).any(), walk, cell)
+    start = (index // width, index % width), jnp.ones(index.shape, bool)
+    (row, column), _ = jax.lax.while_loop(lambda carry: carry[1].any(), walk, start)
     return row * width + column
 
 

@@ -27,7 +27,7 @@ from fedjax_rec.reporting.statements import (
 )
 from fedjax_rec.reporting.tables import Table
 
-RESULT_METRICS = ("ndcg@10", "hit@10", "recall@20", "coverage@10", "mrr")
+RESULT_METRICS = ("ndcg@10", "hit@10", "recall@20", "coverage@10", "mrr@10")
 BASELINES = {
     "non_private": "same configuration, non-private",
     "popularity": "popularity",

@@ -13,8 +13,8 @@ from typing import Any, Literal
 class DataConfig:
     """How interactions become clients."""
 
-    split: Literal["leave_one_out", "ratio", "strong_generalization"] = "leave_one_out"
-    """Latest item out, a ratio of each user's rows, or whole clients held out."""
+    split: Literal["leave_one_out", "ratio"] = "leave_one_out"
+    """Hold out each user's latest item, or the latest tenth of each user's rows (and as much for validation)."""
     tie_rule: Literal["hash", "file_last", "file_first", "item_largest", "item_smallest"] = "hash"
     """What breaks equal timestamps; it alone can move a table twofold."""
     split_seed: int = 0
@@ -221,15 +221,20 @@ def from_dict(values: dict[str, Any], kind: type = TrainConfig) -> Any:
     unknown = sorted(set(values) - set(hints))
     if unknown:
         raise ValueError(f"Unknown fields in the configuration: {', '.join(unknown)}. It may be of another version.")
-    return kind(**{name: _read(value, hints[name]) for name, value in values.items()})
+    return kind(**{name: _read(name, value, hints[name]) for name, value in values.items()})
 
 
-def _read(value: Any, hint: Any) -> Any:
-    if dataclasses.is_dataclass(hint):
+def _read(name: str, value: Any, hint: Any) -> Any:
+    if dataclasses.is_dataclass(hint) and isinstance(value, dict):
         return from_dict(value, hint)
-    options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
-    if Path in options and value is not None:
+    options = typing.get_args(hint) or (hint,)
+    if Path in options and isinstance(value, str):
         return Path(value)
+    if float in options and type(value) is int:
+        return float(value)
+    if value not in options and not (value is None and types.NoneType in options) and type(value) not in options:
+        words = ", ".join(repr(option) if isinstance(option, str) else option.__name__ for option in options)
+        raise ValueError(f"{name} in the configuration must be {words}; got {value!r}.")
     return value
 
 

@@ -19,8 +19,8 @@ def write_json(path: Path, values: Any) -> None:
         unfinished.unlink(missing_ok=True)
 
 
-def start(folder: Path, *, resume: bool) -> None:
-    """Makes a run directory, or checks the one to go on in.
+def check(folder: Path, *, resume: bool) -> None:
+    """Checks that a run can begin in this directory, or go on there; makes nothing yet.
 
     Raises:
       FileExistsError: if it holds something and ``resume`` is False.
@@ -34,7 +34,6 @@ def start(folder: Path, *, resume: bool) -> None:
         raise FileExistsError(
             f"The run directory {folder} is not empty. Choose another --out, or continue that run with --resume."
         )
-    folder.mkdir(parents=True, exist_ok=True)
 
 
 def append_record(folder: Path, record: dict[str, Any]) -> None:

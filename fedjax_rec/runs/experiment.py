@@ -15,7 +15,7 @@ from fedjax_rec.data.filters import binarize, k_core
 from fedjax_rec.data.interactions import Interactions
 from fedjax_rec.data.negatives import Negatives, popularity_cdf
 from fedjax_rec.data.sources import load
-from fedjax_rec.data.split import Split, leave_one_out, ratio_split, strong_generalization
+from fedjax_rec.data.split import Split, leave_one_out, ratio_split
 from fedjax_rec.federated.cohort import Sampler, fixed_size, full_participation, poisson
 from fedjax_rec.federated.round import RoundKeys, Rounds, make_rounds
 from fedjax_rec.federated.transforms import chain
@@ -147,14 +147,7 @@ def make_split(interactions: Interactions, config: TrainConfig) -> Split:
     data = config.data
     if data.split == "leave_one_out":
         return leave_one_out(interactions, tie_rule=data.tie_rule, seed=data.split_seed)
-    if data.split == "ratio":
-        return ratio_split(
-            interactions, test_ratio=0.1, validation_ratio=0.1, tie_rule=data.tie_rule, seed=data.split_seed
-        )
-    held_out = max(interactions.num_users // 10, 1)
-    return strong_generalization(
-        interactions, num_validation_users=held_out, num_test_users=held_out, seed=data.split_seed
-    )
+    return ratio_split(interactions, test_ratio=0.1, validation_ratio=0.1, tie_rule=data.tie_rule, seed=data.split_seed)
 
 
 def make_sampler(config: TrainConfig, num_clients: int) -> Sampler:

@@ -14,6 +14,7 @@ import numpy as np
 
 from fedjax_rec.evaluation.exact import Evaluation, evaluate
 from fedjax_rec.evaluation.heldout import cases
+from fedjax_rec.evaluation.ratings import rating_errors
 from fedjax_rec.evaluation.sampled import expect_sampled
 from fedjax_rec.evaluation.scorers import constant_scorer
 from fedjax_rec.evaluation.statistics import activity_quartiles, bootstrap_interval, group_means, spread
@@ -24,7 +25,7 @@ from fedjax_rec.runs import directory
 from fedjax_rec.runs.config import TrainConfig, to_dict
 from fedjax_rec.runs.experiment import BASELINE_NOISE, KS, METRIC, Data, Experiment, prepare
 from fedjax_rec.runs.stamp import stamp
-from fedjax_rec.runs.training import Outcome, evaluate_part, train
+from fedjax_rec.runs.training import Outcome, evaluate_part, selects_best, train
 
 
 def privacy_statement(experiment: Experiment, outcome: Outcome) -> dict[str, Any] | None:
@@ -92,6 +93,28 @@ def _dp_popularity_row(experiment: Experiment, asked) -> dict[str, Any]:
     return evaluate(constant_scorer(released.counts), asked, ks=KS).values | {"privacy": privacy}
 
 
+def rating_metrics(experiment: Experiment, state: Any, private: Any, part: str) -> dict[str, float]:
+    """rmse and mae of the held-out ratings, for a model trained on ratings; nothing for other models."""
+    rows = getattr(experiment.split, part)
+    if not experiment.config.data.use_ratings or rows.ratings is None:
+        return {}
+    known = ~np.isnan(rows.ratings)
+    users, items = rows.user_ids[known], rows.item_ids[known]
+    if not len(users):
+        return {}
+
+    @jax.jit
+    def predict(shared, private, users, items):
+        def one(pair):
+            own = jax.tree.map(lambda x: x[pair[0]], private)
+            return experiment.model.score(shared, own)[pair[1]]
+
+        return jax.lax.map(one, (users, items), batch_size=64)
+
+    errors = rating_errors(predict(state.shared, private, users, items), rows.ratings[known], user_ids=users)
+    return {"rmse": errors.rmse, "mae": errors.mae}
+
+
 def per_user(evaluation: Evaluation, metric: str) -> dict[str, Any]:
     """Spread and histogram of one metric over users."""
     values = np.asarray(evaluation.per_user[metric], np.float64)
@@ -153,7 +176,7 @@ def result(experiment: Experiment, outcome: Outcome, rows: dict[str, dict[str, A
     popularity = evaluate(popularity_scorer(train_rows), cases(split, "validation"), ks=KS).values
     return {
         "algorithm": "FedAvg, matrix factorisation",
-        "test": evaluation.values | sampled,
+        "test": evaluation.values | sampled | rating_metrics(experiment, outcome.state, outcome.private, "test"),
         "interval": {METRIC: [float(interval.low), float(interval.high)]},
         "baselines": rows,
         "validation_baselines": {"popularity": popularity},
@@ -181,7 +204,8 @@ def result(experiment: Experiment, outcome: Outcome, rows: dict[str, dict[str, A
             "fingerprint": split.fingerprint,
             "negatives": experiment.clients.exclusion,
         },
-        "best_round": outcome.selected_round,
+        "best_round": outcome.selected_round if selects_best(experiment.config) else None,
+        "tested_round": outcome.selected_round,
         "rounds": outcome.rounds,
         "seconds": seconds,
         "stamp": stamp(
@@ -206,12 +230,13 @@ def run(
       config: checked.
       data: from `prepare_data`.
       experiment: from `prepare`.
-      folder: from `directory.start`.
+      folder: run directory, see `directory.check`.
       report: called with the phase (``"training"`` or ``"non-private"``) and each log record.
 
     Returns:
       The content of result.json.
     """
+    folder.mkdir(parents=True, exist_ok=True)
     if not (folder / directory.CONFIG).is_file():
         directory.write_json(folder / directory.CONFIG, to_dict(dataclasses.replace(config, resume=False)))
     outcome = train(experiment, folder=folder, report=lambda record: report("training", record))

@@ -17,7 +17,7 @@ from fedjax_rec.federated.round import RoundKeys
 from fedjax_rec.privacy.curve import epsilon_curve
 from fedjax_rec.privacy.ledger import Ledger
 from fedjax_rec.runs import checkpoint, directory
-from fedjax_rec.runs.config import differences, from_dict, to_dict
+from fedjax_rec.runs.config import TrainConfig, differences, from_dict, to_dict
 from fedjax_rec.runs.experiment import KS, METRIC, Experiment
 
 
@@ -53,10 +53,9 @@ def evaluate_part(experiment: Experiment, state: Any, private: Any, part: str) -
     return evaluate(scorer, cases(experiment.split, part), ks=KS)
 
 
-def selects_best(experiment: Experiment) -> bool:
+def selects_best(config: TrainConfig) -> bool:
     """Whether the best validated round is tested, instead of the last one."""
-    select = experiment.config.select
-    return select == "best" or (select == "auto" and experiment.privacy is None)
+    return config.select == "best" or (config.select == "auto" and not config.private)
 
 
 def train(
@@ -78,7 +77,7 @@ def train(
     plan = experiment.privacy
     ledger = None if plan is None else plan.ledger
     progress = {"round": 0, "seconds": 0.0, "clients": 0.0, "best_round": 0, "best": -1.0}
-    keep_best = selects_best(experiment)
+    keep_best = selects_best(experiment.config)
     if folder is not None:
         found = _resume(folder, experiment, state, private)
         if found is not None:
@@ -94,7 +93,7 @@ def train(
         start = time.perf_counter()
         state, private, history = experiment.rounds.run(state, private, experiment.keys, span)
         means = _means(history, span)
-        _check_finite(means["loss"], state.shared, private)
+        _check_finite(means["loss"], (state.shared, private))
         span_seconds.append((time.perf_counter() - start) / span)
         number = progress["round"] + span
         if plan is not None:
@@ -142,17 +141,17 @@ def train(
     )
 
 
-def _means(history: dict[str, jax.Array], span: int) -> dict[str, float]:
-    """Means over the rounds of a span; those of client metrics weigh each round by its cohort, which may be empty."""
+def _means(history: dict[str, jax.Array], span: int) -> dict[str, float | None]:
+    """Means over the rounds of a span; those of client metrics weigh each round by its cohort, and are None without."""
     values = {name: np.asarray(rows, np.float64)[:span] for name, rows in history.items()}
     sizes = values.pop("cohort_size")
-    weights = sizes if sizes.any() else None
-    means = {name: float(np.average(rows, weights=weights)) for name, rows in values.items()}
+    means = {name: float(np.average(rows, weights=sizes)) if sizes.any() else None for name, rows in values.items()}
     return {"cohort_size": float(sizes.mean()), **means}
 
 
-def _check_finite(loss: float, shared: Any, private: Any) -> None:
-    if not math.isfinite(loss) or not all(jnp.isfinite(leaf).all() for leaf in jax.tree.leaves((shared, private))):
+def _check_finite(loss: float | None, parameters: Any) -> None:
+    finite = loss is None or math.isfinite(loss)
+    if not finite or not all(jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(parameters)):
         raise FloatingPointError(
             "Training diverged: its loss or its parameters are no longer finite. Lower --server.lr, --client.lr or "
             "--client.private-lr; the checkpoints and logs before that are intact."
@@ -196,7 +195,7 @@ def _save(
         state, private, experiment.keys, ledger, progress, to_dict(experiment.config), experiment.split.fingerprint
     )
     checkpoint.save(folder / directory.LAST, saved)
-    if selects_best(experiment) and progress["best_round"] == progress["round"]:
+    if selects_best(experiment.config) and progress["best_round"] == progress["round"]:
         checkpoint.save(folder / directory.BEST, saved)
 
 
