@@ -1,6 +1,7 @@
 """The command line: `fedjax-rec train | evaluate | epsilon | data`."""
 
 import errno
+import logging
 import os
 import sys
 from collections.abc import Sequence
@@ -55,6 +56,11 @@ def _sentence(error: Exception) -> str:
 
 def entry() -> None:
     """The console script."""
+    if not os.environ.get("FEDJAX_REC_TRACEBACK"):
+        # Threads of the storage libraries outlive a save that failed: what they say would follow our sentence.
+        for name in ("absl", "asyncio"):
+            logging.getLogger(name).setLevel(logging.CRITICAL)
+        sys.unraisablehook = lambda unraisable: None
     sys.exit(main())
 
 

@@ -6,10 +6,8 @@ a kill or a full disk in the middle of a save leaves the older one in force. Che
 
 import contextlib
 import json
-import logging
 import shutil
 import zlib
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -139,18 +137,9 @@ def _read(folder: Path, **args: Any) -> Any:
             ) from error
 
 
-@contextlib.contextmanager
-def _manager(folder: Path, *, create: bool) -> Iterator[ocp.CheckpointManager]:
+def _manager(folder: Path, *, create: bool) -> contextlib.closing[ocp.CheckpointManager]:
     options = ocp.CheckpointManagerOptions(max_to_keep=1, create=create, enable_async_checkpointing=False)
-    # Orbax logs the traceback of every error that it also raises, once a thread; ours is one sentence.
-    logger = logging.getLogger("absl")
-    level = logger.level
-    logger.setLevel(logging.CRITICAL)
-    try:
-        with contextlib.closing(ocp.CheckpointManager(folder.resolve(), options=options)) as manager:
-            yield manager
-    finally:
-        logger.setLevel(level)
+    return contextlib.closing(ocp.CheckpointManager(folder.resolve(), options=options))
 
 
 def _leaves(state: Any, private: Any) -> dict[str, dict[str, jax.Array]]:
@@ -183,6 +172,8 @@ def _check_sums(step: Path, item: str) -> None:
 
 def _short(error: Exception) -> str:
     """The first line of an error, without the pages that storage libraries add."""
+    if "No space left" in str(error):
+        return "the disk is full"
     line = (str(error) or type(error).__name__).splitlines()[0]
     return (line if len(line) <= 200 else line[:200] + " ...").rstrip(".")
 

@@ -105,7 +105,7 @@ class TrainConfig:
     """
 
     dataset: str = "synthetic"
-    """synthetic, movielens/100k, 1m, 20m, 25m, latest-small, gowalla, or the path of a CSV, TSV, .inter file."""
+    """synthetic, movielens/100k, 1m, 20m, 25m, latest-small, 1m/ncf, gowalla, or a CSV, TSV, .inter file."""
     data_dir: Path | None = None
     """Folder of the unpacked data set or its zip."""
     rounds: int = 200

@@ -14,7 +14,7 @@ from fedjax_rec.data.clients import ClientData, client_data
 from fedjax_rec.data.filters import binarize, k_core
 from fedjax_rec.data.interactions import Interactions
 from fedjax_rec.data.negatives import Negatives, popularity_cdf
-from fedjax_rec.data.sources import load
+from fedjax_rec.data.sources import DATASETS, SPLITS, load, load_split
 from fedjax_rec.data.split import Split, leave_one_out, ratio_split
 from fedjax_rec.federated.cohort import Sampler, fixed_size, full_participation, poisson
 from fedjax_rec.federated.round import RoundKeys, Rounds, make_rounds
@@ -98,7 +98,9 @@ class Data:
 
 def prepare_data(config: TrainConfig) -> Data:
     """Loads, filters and splits the data set, and lays out its clients."""
-    options = {"seed": config.seed} if config.dataset == "synthetic" else {}
+    if config.dataset in SPLITS and config.dataset not in DATASETS:
+        return _published(config)
+    options = {"seed": config.data.split_seed} if config.dataset == "synthetic" else {}
     interactions = load(config.dataset, data_dir=config.data_dir, **options)
     notes = [f"Loading {interactions.name}: {count} {what}." for what, count in interactions.repairs.items() if count]
     if config.data.min_rating is not None:
@@ -107,7 +109,20 @@ def prepare_data(config: TrainConfig) -> Data:
     if config.data.k_core:
         interactions, note = k_core(interactions, config.data.k_core)
         notes.append(str(note))
-    split = make_split(interactions, config)
+    return _laid_out(config, interactions, make_split(interactions, config), notes)
+
+
+def _published(config: TrainConfig) -> Data:
+    """A data set that comes with its split."""
+    data = config.data
+    if data.split != "leave_one_out" or data.min_rating is not None or data.k_core:
+        raise ValueError(f"{config.dataset} comes with its own split; leave out --data.split, min-rating and k-core.")
+    split = load_split(config.dataset, data_dir=config.data_dir, tie_rule=data.tie_rule, seed=data.split_seed)
+    return _laid_out(config, split.train, split, [])
+
+
+def _laid_out(config: TrainConfig, interactions: Interactions, split: Split, notes: list[str]) -> Data:
+    """The clients of a split, and what is worth knowing about them."""
     notes += [f"Splitting: {count} {what}." for what, count in split.repairs.items() if count]
     _check_evaluable(split)
     clients = client_data(
