@@ -30,21 +30,21 @@ NUM_ITEMS, NUM_USERS, CAPACITY, CLIP = 9, 3, 12, 0.5
 
 
 def full_model() -> Model:
-    """Every kind of leaf: two tables, a dense pytree, and two private leaves of different rank; squared loss."""
+    """Every kind of leaf: a table, a dense vector, and two private leaves of different rank; squared loss."""
 
     def init_shared(key):
         keys = jax.random.split(key)
-        tables = {"item": jax.random.normal(keys[0], (NUM_ITEMS, 2)), "bias": jnp.zeros((NUM_ITEMS, 1))}
-        return Shared(tables, {"out": jax.random.normal(keys[1], (2,)), "mean": jnp.zeros(())})
+        return Shared({"item": jax.random.normal(keys[0], (NUM_ITEMS, 2))}, {"out": jax.random.normal(keys[1], (2,))})
 
     def init_private(key):
         return {"user": 0.5 * jax.random.normal(key, (2,)), "offset": jnp.zeros(())}
 
     def loss(view, private, examples, key):
         del key
-        scores = view.rows["item"] @ (private["user"] + view.dense["out"]) + view.rows["bias"][..., 0]
-        errors = scores + private["offset"] + view.dense["mean"] - examples.labels
-        return jnp.sum(examples.weights * jnp.square(errors)) / jnp.maximum(examples.weights.sum(), 1.0)
+        scores = view.rows["item"] @ (private["user"] + view.dense["out"]) + private["offset"]
+        return jnp.sum(examples.weights * jnp.square(scores - examples.labels)) / jnp.maximum(
+            examples.weights.sum(), 1.0
+        )
 
     return Model(init_shared, init_private, loss, score=None)
 

@@ -90,7 +90,7 @@ SETTINGS = {
         batch_size=3,
         local_epochs=2,
         clip=0.05,
-        layouts=((1, 2),),
+        layouts=((64, 2),),
     ),
     "squared-given": Setting(
         matrix_factorization(NUM_ITEMS, dim=3, loss="squared", label_mean=0.5),
