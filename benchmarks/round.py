@@ -23,9 +23,9 @@ import numpy as np
 import optax
 
 from benchmarks import numpy_reference, workload
-from fedjax_rec.algorithms.base import ServerState
 from fedjax_rec.algorithms.fedavg import fedavg
 from fedjax_rec.data.clients import client_data_from_examples
+from fedjax_rec.federated.algorithm import ServerState
 from fedjax_rec.federated.cohort import full_participation, poisson
 from fedjax_rec.federated.round import RoundKeys, default_chunk_size, make_rounds
 from fedjax_rec.federated.transforms import chain
@@ -227,9 +227,10 @@ def peak_memory() -> int:
 
 
 def _line(row: dict) -> str:
+    privacy = "clip + noise" if row["dp"] else "no privacy  "
     off = "" if row["max_abs_difference"] is None else f", {row['max_abs_difference']:.1e} off the reference"
     return (
-        f"{row['items']:>9,} items, {'clip + noise' if row['dp'] else 'no privacy  '}, cohort {row['cohort_size']:.0f}, "
+        f"{row['items']:>9,} items, {privacy}, cohort {row['cohort_size']:.0f}, "
         f"chunk {row['chunk_size']}, {row['devices']} device(s): {row['median_s'] * 1e3:.1f} ms "
         f"[{row['q1_s'] * 1e3:.1f}, {row['q3_s'] * 1e3:.1f}], compile {row['compile_s']:.1f} s, "
         f"{row['clients_per_s']:,.0f} clients/s, {row['examples_per_s'] / 1e6:.1f} M examples/s, "

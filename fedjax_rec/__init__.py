@@ -11,9 +11,9 @@ from fedjax_rec.data.negatives import Negatives
 
 # isort: split
 # Models and methods.
-from fedjax_rec.algorithms.base import Algorithm, ClientOutput, ServerState
 from fedjax_rec.algorithms.fedavg import fedavg, fedsgd
 from fedjax_rec.algorithms.silo_dpsgd import silo_dpsgd
+from fedjax_rec.federated.algorithm import Algorithm, ClientOutput, ServerState
 from fedjax_rec.models.base import Examples, Model, Shared, View
 from fedjax_rec.models.matrix_factorization import matrix_factorization
 

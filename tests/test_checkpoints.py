@@ -228,9 +228,7 @@ def test_a_full_disk_leaves_the_older_checkpoint(one_megabyte, kilobytes):
         "private": SHAPES["private"],
     }
     save(one_megabyte / "last", large(5, kilobytes))
-    with pytest.raises(
-        OSError, match="the disk is full. Earlier ones are intact; free some space"
-    ):
+    with pytest.raises(OSError, match=r"the disk is full\. Earlier ones are intact; free some space"):
         save(one_megabyte / "last", large(10, kilobytes))
     assert same(restore(one_megabyte / "last", **shapes), large(5, kilobytes))
     assert [path.name for path in (one_megabyte / "last").iterdir()] == ["5"]

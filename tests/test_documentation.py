@@ -8,9 +8,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from tools_readme import code_map, marked, readme_output
 
 import fedjax_rec
-from tools_readme import code_map, marked, readme_output
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")

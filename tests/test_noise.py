@@ -8,9 +8,9 @@ import optax
 import pytest
 from scipy import stats
 
-from fedjax_rec.algorithms.base import Algorithm, ClientOutput, ServerState
 from fedjax_rec.algorithms.fedavg import fedsgd
 from fedjax_rec.data.clients import client_data_from_examples
+from fedjax_rec.federated.algorithm import Algorithm, ClientOutput, ServerState
 from fedjax_rec.federated.cohort import fixed_size, full_participation, poisson
 from fedjax_rec.federated.round import RoundKeys, make_rounds
 from fedjax_rec.federated.rows import Rows

@@ -10,10 +10,10 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from fedjax_rec.algorithms.base import Algorithm, ClientOutput, ServerState
 from fedjax_rec.algorithms.fedavg import fedavg
 from fedjax_rec.data.clients import client_data, client_data_from_examples
 from fedjax_rec.data.negatives import Negatives
+from fedjax_rec.federated.algorithm import Algorithm, ClientOutput, ServerState
 from fedjax_rec.federated.cohort import full_participation, poisson
 from fedjax_rec.federated.round import RoundKeys, make_rounds
 from fedjax_rec.federated.rows import Rows, to_dense

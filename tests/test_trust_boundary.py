@@ -8,9 +8,9 @@ import pytest
 from evaluation_worlds import make_split
 from test_known_worlds import ALGORITHMS
 
-from fedjax_rec.algorithms.base import ServerState, all_private, client_key
 from fedjax_rec.data.clients import client_data
 from fedjax_rec.data.negatives import Negatives
+from fedjax_rec.federated.algorithm import ServerState, all_private, client_key
 from fedjax_rec.federated.cohort import poisson
 from fedjax_rec.federated.round import RoundKeys, make_rounds
 from fedjax_rec.federated.rows import zero_total

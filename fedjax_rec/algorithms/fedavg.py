@@ -16,10 +16,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from fedjax_rec.algorithms.base import Algorithm, ClientOutput, ServerState
 from fedjax_rec.data.clients import ClientData
 from fedjax_rec.data.negatives import Negatives
 from fedjax_rec.federated import local
+from fedjax_rec.federated.algorithm import Algorithm, ClientOutput, ServerState
 from fedjax_rec.federated.transforms import scale_update
 from fedjax_rec.models.base import Model, Shared
 

@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Sequence
 from functools import partial
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -42,6 +43,20 @@ class Client:
     row_ids: jax.Array | None
     slots: jax.Array | None
     num_items: int
+
+
+class Examples(NamedTuple):
+    """A batch of one client, ``[batch, 1 + negatives]``: column 0 holds its own items, the rest what it drew.
+
+    Attributes:
+      ids: int32 item ids, padded with ``num_items``.
+      labels: float32: 1 or a rating in column 0, 0 for negatives.
+      weights: float32: 0 on padding.
+    """
+
+    ids: jax.Array
+    labels: jax.Array
+    weights: jax.Array
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

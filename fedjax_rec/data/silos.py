@@ -12,10 +12,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fedjax_rec.data.clients import ClientData, choose_capacities
+from fedjax_rec.data.clients import ClientData, Examples, choose_capacities
 from fedjax_rec.data.negatives import permute
 from fedjax_rec.data.split import Split
-from fedjax_rec.models.base import Examples
 
 
 @partial(

@@ -14,8 +14,8 @@ import jax.numpy as jnp
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from fedjax_rec.algorithms.base import Algorithm, ServerState, all_private, client_key
 from fedjax_rec.data.clients import Client, ClientData
+from fedjax_rec.federated.algorithm import Algorithm, ServerState, all_private, client_key
 from fedjax_rec.federated.cohort import Sampler
 from fedjax_rec.federated.rows import add_to_total, zero_total
 from fedjax_rec.federated.transforms import UpdateTransform, select_update, update_bits

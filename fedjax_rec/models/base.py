@@ -5,6 +5,8 @@ from typing import Any, NamedTuple
 
 import jax
 
+from fedjax_rec.data.clients import Examples
+
 
 class Shared(NamedTuple):
     """Parameters that the server holds and every client receives.
@@ -28,20 +30,6 @@ class View(NamedTuple):
 
     rows: dict[str, jax.Array]
     dense: Any
-
-
-class Examples(NamedTuple):
-    """A batch of one client, ``[batch, 1 + negatives]``: column 0 holds its own items, the rest what it drew.
-
-    Attributes:
-      ids: int32 item ids, padded with ``num_items``.
-      labels: float32: 1 or a rating in column 0, 0 for negatives.
-      weights: float32: 0 on padding.
-    """
-
-    ids: jax.Array
-    labels: jax.Array
-    weights: jax.Array
 
 
 class Model(NamedTuple):

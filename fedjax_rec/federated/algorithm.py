@@ -1,4 +1,4 @@
-"""What a federated method is: what a client does, and what the server does."""
+"""What the round needs of a federated method: what a client does, and what the server does."""
 
 from collections.abc import Callable
 from functools import partial
