@@ -53,12 +53,8 @@ def drawn_data():
 
 
 def dp_rounds(model, data, sampler, **training):
-    algorithm = fedavg(
-        model,
-        client_optimizer=optax.sgd(0.1),
-        server_optimizer=optax.adam(optax.linear_schedule(0.1, 0.0, 9)),
-        **training,
-    )
+    scheduled = optax.inject_hyperparams(optax.adam)(optax.linear_schedule(0.1, 0.0, 9), eps=1e-6)
+    algorithm = fedavg(model, client_optimizer=optax.sgd(0.1), server_optimizer=scheduled, **training)
     transforms = user_level_dp(l2_clip_norm=1.0, noise_multiplier=1.0)
     return make_rounds(algorithm, transforms, sampler, data, span_size=7, chunk_size=3)
 

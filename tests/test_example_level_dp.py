@@ -11,7 +11,7 @@ import optax
 import pytest
 from dp_accounting import GaussianDpEvent, PoissonSampledDpEvent, SelfComposedDpEvent
 from evaluation_worlds import make_split
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
@@ -120,22 +120,25 @@ def change_by_one(params, silo, in_batch, one, seed):
 MAGNITUDES = st.sampled_from([0.0, 1e-30, 1e-3, 1.0, 1e4, 1e18, 1e30, np.inf, np.nan])
 
 
-@settings(max_examples=200, deadline=None, derandomize=True)
+# A busy machine must not fail the draw of cases, which is what too_slow measures.
+@settings(max_examples=200, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 @given(
-    items=st.lists(st.integers(0, NUM_ITEMS - 1), min_size=CAPACITY, max_size=CAPACITY),
-    users=st.lists(st.integers(0, NUM_USERS - 1), min_size=CAPACITY, max_size=CAPACITY),
-    in_batch=st.lists(st.booleans(), min_size=CAPACITY, max_size=CAPACITY),
+    num_items=st.integers(1, NUM_ITEMS),
+    num_users=st.integers(1, NUM_USERS),
+    others=st.integers(0, 2**CAPACITY - 1),
     one=st.integers(0, CAPACITY - 1),
     label=MAGNITUDES,
     scale=MAGNITUDES,
     seed=st.integers(0, 2**31 - 1),
 )
-def test_one_example_moves_the_sum_by_at_most_the_clip_norm(items, users, in_batch, one, label, scale, seed):
+def test_one_example_moves_the_sum_by_at_most_the_clip_norm(num_items, num_users, others, one, label, scale, seed):
+    rng = np.random.default_rng(seed)
+    items, users = rng.integers(0, num_items, CAPACITY), rng.integers(0, num_users, CAPACITY)  # many duplicates
+    silo = make_silo(items, users, labels=np.where(np.arange(CAPACITY) == one, label, 1.0))
+    in_batch = others >> np.arange(CAPACITY) & 1 == 1
     shared, private = PARAMETERS
     params = jax.tree.map(lambda x: x * np.float32(scale), shared), private
-    silo = make_silo(items, users, labels=np.where(np.arange(CAPACITY) == one, label, 1.0))
-    moved = change_by_one(params, silo, np.array(in_batch), one, seed)
-    assert norm(moved) <= CLIP * (1 + 1e-5)  # false for NaN too
+    assert norm(change_by_one(params, silo, in_batch, one, seed)) <= CLIP * (1 + 1e-5)  # false for NaN too
 
 
 @pytest.mark.parametrize(("label", "expected"), [(1e4, CLIP), (1e18, CLIP), (1e30, 0.0), (np.nan, 0.0), (np.inf, 0.0)])

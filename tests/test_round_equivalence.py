@@ -13,6 +13,7 @@ import optax
 import pytest
 from evaluation_worlds import make_split
 from reference_round import one_by_one, reference_rounds
+from test_compilation import compilations
 
 from fedjax_rec.algorithms.fedavg import fedavg, fedsgd
 from fedjax_rec.data.clients import client_data, client_data_from_examples
@@ -23,7 +24,7 @@ from fedjax_rec.federated.round import RoundKeys, make_rounds
 from fedjax_rec.federated.transforms import chain
 from fedjax_rec.models.base import Examples, Model, Shared, View
 from fedjax_rec.models.matrix_factorization import linear_scorer, matrix_factorization
-from fedjax_rec.privacy.mechanisms import clip_by_global_norm
+from fedjax_rec.privacy.mechanisms import clip_by_global_norm, user_level_dp
 
 NUM_CLIENTS, NUM_ITEMS = 11, 17
 LENGTHS = (0, 1, 1, 2, 3, 4, 5, 7, 9, 9, 16)  # an empty client, one who touched nearly everything, five buckets
@@ -44,11 +45,11 @@ def drawn(num_buckets, num_shards=1):
     return client_data(split, num_buckets=num_buckets, num_shards=num_shards)
 
 
-def given(num_buckets, num_shards=1):
+def given(num_buckets, num_shards=1, num_items=NUM_ITEMS):
     """Ready-made examples in which items repeat, within a batch and across batches."""
     rng = np.random.default_rng(1)
-    examples = [(rng.integers(0, NUM_ITEMS, n), rng.random(n).astype(np.float32)) for n in rng.permutation(LENGTHS)]
-    return client_data_from_examples(examples, num_items=NUM_ITEMS, num_buckets=num_buckets, num_shards=num_shards)
+    examples = [(rng.integers(0, num_items, n), rng.random(n).astype(np.float32)) for n in rng.permutation(LENGTHS)]
+    return client_data_from_examples(examples, num_items=num_items, num_buckets=num_buckets, num_shards=num_shards)
 
 
 def dropout_model():
@@ -260,23 +261,28 @@ jax.config.update("jax_debug_key_reuse", True)
 import numpy as np
 from test_round_equivalence import compare_devices
 assert len(jax.devices()) == 4
-compare_devices()
+compare_devices(num_items=17)
+compare_devices(num_items=20)
 print("devices agree")
 """
 
 
-def compare_devices():
-    """One device against a mesh of four: neither the population, 11, nor the catalogue, 17, is a multiple of four."""
-    s = dataclasses.replace(SETTINGS["squared-given"], clip=0.3)
+def compare_devices(num_items):
+    """One device against a mesh of four. The population, 11, is no multiple of four; tables of 20 rows are."""
+    model = matrix_factorization(num_items, dim=3, loss="squared", label_mean=0.5)
+    s = dataclasses.replace(SETTINGS["squared-given"], model=model)
+    links = user_level_dp(l2_clip_norm=0.3, noise_multiplier=0.5)
     sampler = poisson(NUM_CLIENTS, cohort_size=6)
     results = []
     for mesh in (None, jax.make_mesh((4,), ("clients",))):
-        clients = s.data(2, num_shards=1 if mesh is None else 4)
-        links = chain(clip_by_global_norm(s.clip))
+        clients = given(2, num_shards=1 if mesh is None else 4, num_items=num_items)
         rounds = make_rounds(algorithm_of(s), links, sampler, clients, span_size=3, chunk_size=2, mesh=mesh)
-        state, private, metrics = rounds.run(*rounds.init(jax.random.key(0)), keys(), 3)
+        state, private, first = rounds.run(*rounds.init(jax.random.key(0)), keys(), 2)
+        with compilations() as events:
+            state, private, second = rounds.run(state, private, keys(), 1)
+        assert events == []
         by_client = jax.tree.map(lambda x: np.asarray(x)[:NUM_CLIENTS], private)
-        results.append((only_server(jax.device_get(state)), by_client, metrics))
+        results.append((only_server(jax.device_get(state)), by_client, first, second))
     assert_close(*reversed(results))
 
 

@@ -46,11 +46,12 @@ import jax.numpy as jnp
 import optax
 from jax.custom_batching import custom_vmap
 
+from fedjax_rec.data.clients import Examples
 from fedjax_rec.data.silos import Silo, draw_batch, draw_examples
 from fedjax_rec.federated.algorithm import Algorithm, ClientOutput, ServerState
 from fedjax_rec.federated.rows import Rows, add_to_total, take_rows, zero_total
 from fedjax_rec.federated.transforms import UpdateTransform, chain, scale_update, select_update
-from fedjax_rec.models.base import Examples, Model, Shared, View
+from fedjax_rec.models.base import Model, Shared, View
 from fedjax_rec.privacy.ledger import Ledger
 from fedjax_rec.privacy.mechanisms import clip_by_global_norm, gaussian_noise
 

@@ -13,6 +13,7 @@ class DataConfig:
     """Statistics of a data set, and a plot of activity and popularity.
 
     fedjax-rec data synthetic
+
     fedjax-rec data movielens/100k --data-dir ~/data/ml-100k --plot ml-100k.svg
     """
 

@@ -17,6 +17,7 @@ class EvaluateConfig:
     """Evaluate the checkpoint of a run on the full catalogue, and with 99 sampled negatives in expectation.
 
     fedjax-rec evaluate runs/mine
+
     fedjax-rec evaluate runs/mine --ks 1 10 100 --json
     """
 

@@ -95,12 +95,22 @@ class PrivacyConfig:
 class TrainConfig:
     """Train a federated recommender, with user-level differential privacy if --epsilon is given.
 
-    Examples:
+    On generated data, with a privacy budget of 8:
 
         fedjax-rec train --epsilon 8
+
+    On MovieLens, without privacy:
+
         fedjax-rec train --dataset movielens/100k --data-dir ~/data/ml-100k
+
+    On your own file, with a user and an item column (and rating and timestamp, if there are any):
+
         fedjax-rec train --dataset ratings.csv --epsilon 4 --cohort-size 500 --rounds 300 --out runs/mine
+
+    Continue a run that was stopped, or repeat one with changes:
+
         fedjax-rec train --resume --out runs/mine
+
         fedjax-rec train --config runs/mine/config.json --seed 1
     """
 

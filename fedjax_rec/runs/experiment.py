@@ -153,7 +153,8 @@ def _check_evaluable(split: Split) -> None:
         if not rows.num_interactions:
             raise ValueError(
                 f"No user of {split.train.name} has enough interactions to hold one out for {part} ({split.rule}): "
-                "leave_one_out needs users with 3, ratio with 10. Use a larger data set."
+                "leave_one_out needs users with 3, ratio with 10, and a published split may have no such part. Use "
+                "another data set or --data.split."
             )
 
 
