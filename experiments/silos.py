@@ -2,7 +2,7 @@
 
     python -m experiments.silos --data-dir ~/data/ml-100k
 
-Under ten minutes on two busy CPU cores, most of it compilation. Writes experiments/results/silos.md.
+Under ten minutes on two busy CPU cores. Writes experiments/results/silos.md.
 
 MovieLens 100K, latest item out (ties by seeded hash), full ranking. The users are in one silo, or in one silo for each
 occupation. Each silo runs DP-SGD on its own interactions; the unit of privacy is one interaction, so these epsilons
