@@ -33,7 +33,10 @@ def test_readme_map_names_every_file_of_the_library():
     assert marked(README, "map").strip() == code_map(ROOT).strip()
 
 
-@pytest.mark.parametrize(("marker", "source"), [("epsilon-sweep", "experiments/results/epsilon_sweep.md")])
+@pytest.mark.parametrize(
+    ("marker", "source"),
+    [("epsilon-sweep", "experiments/results/epsilon_sweep.md"), ("peers", "benchmarks/results/peers.md")],
+)
 def test_readme_tables_are_the_generated_ones(marker, source):
     table = [line for line in marked(README, marker).splitlines() if line.startswith("|")]
     assert len(table) > 5

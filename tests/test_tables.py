@@ -34,11 +34,17 @@ from fedjax_rec.reporting.tables import LATEX, bold_cells, formatted_rows
 
 PRIVACY = {"epsilon": 7.98, "delta": 1e-5, "unit": "user", "relation": "add_remove_one", "sampler": "poisson"}
 RESULT = {
-    "test": {"ndcg@10": 0.0812, "hit@10": 0.1569, "recall@20": 0.2344, "coverage@10": 0.2117, "mrr": 0.0711},
+    "test": {"ndcg@10": 0.0812, "hit@10": 0.1569, "recall@20": 0.2344, "coverage@10": 0.2117, "mrr@10": 0.0711},
     "interval": {"ndcg@10": [0.0704, 0.0923]},
     "baselines": {
-        "popularity": {"ndcg@10": 0.0567, "hit@10": 0.1103, "recall@20": 0.1803, "coverage@10": 0.0541, "mrr": 0.05},
-        "non_private": {"ndcg@10": 0.0914, "hit@10": 0.1761, "recall@20": 0.267, "coverage@10": 0.2913, "mrr": 0.0786},
+        "popularity": {"ndcg@10": 0.0567, "hit@10": 0.1103, "recall@20": 0.1803, "coverage@10": 0.0541, "mrr@10": 0.05},
+        "non_private": {
+            "ndcg@10": 0.0914,
+            "hit@10": 0.1761,
+            "recall@20": 0.267,
+            "coverage@10": 0.2913,
+            "mrr@10": 0.0786,
+        },
         "dp_popularity": {
             "ndcg@10": 0.0561,
             "hit@10": 0.1092,
@@ -263,7 +269,7 @@ def test_result_table_has_the_rows_that_make_a_number_honest():
         "hit@10",
         "recall@20",
         "coverage@10",
-        "mrr",
+        "mrr@10",
         "epsilon",
         "vs popularity",
     )

@@ -34,11 +34,20 @@ def code_map(root: Path) -> str:
     return "\n".join([*lines, "```"]) + "\n"
 
 
+def peers_table(root: Path) -> str:
+    """The table of the benchmark against peers, and the line that says where and when it was measured."""
+    lines = (root / "benchmarks" / "results" / "peers.md").read_text(encoding="utf-8").splitlines()
+    table = [line for line in lines if line.startswith("|")]
+    where = next(line for line in lines if line.startswith("Programs took turns"))
+    return "\n".join([*table, "", where]) + "\n"
+
+
 def main() -> None:
-    """Replaces the map and the example's output."""
+    """Replaces the map, the example's output and the table of peers."""
     path = ROOT / "README.md"
     text = path.read_text(encoding="utf-8")
-    for marker, content in (("map", code_map(ROOT)), ("output", f"```text\n{readme_output(text)}```\n")):
+    output = f"```text\n{readme_output(text)}```\n"
+    for marker, content in (("map", code_map(ROOT)), ("output", output), ("peers", peers_table(ROOT))):
         old = marked(text, marker)
         text = text.replace(f"<!-- {marker} -->\n{old}", f"<!-- {marker} -->\n{content}")
     path.write_text(text, encoding="utf-8")
