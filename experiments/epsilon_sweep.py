@@ -5,8 +5,9 @@
 About ten minutes on two CPU cores. Writes experiments/results/epsilon_sweep.md, and the same table into the README.
 
 MovieLens 100K, latest item out (ties by seeded hash), full ranking. The model is the default of `fedjax-rec train`;
-the rounds, the clip norm and the learning rates are the same for every epsilon and were chosen by hand on this very data
-set, with test values printed beside validation ones: the epsilons do not cover that, and quality may be flattered. Rows with an epsilon are separate releases: their epsilons are alternatives.
+the rounds, the clip norm and the learning rates are the same for every epsilon and were chosen by hand on this very
+data set, with test values printed beside validation ones: the epsilons do not cover that, and quality may be
+flattered. Rows with an epsilon are separate releases: their epsilons are alternatives.
 """
 
 import argparse
