@@ -54,6 +54,15 @@ CONTESTANTS = (
         flags=("--no-dp",),
     ),
     Contestant(
+        name="fedjax_rec-dp-cores",
+        family="fedjax_rec",
+        label="fedjax_rec, private, all cores",
+        privacy="user-level: clip + noise",
+        module="benchmarks.round",
+        flags=("--dp", "--devices", "0"),
+        note="one virtual device a core; the other rows of fedjax_rec use one device and one thread",
+    ),
+    Contestant(
         name="fedjax",
         family="fedjax",
         label="fedjax",

@@ -36,12 +36,15 @@ from fedjax_rec.runs.stamp import stamp
 
 RESULTS = Path(__file__).parent / "results" / "round.jsonl"
 L2_CLIP_NORM, NOISE_MULTIPLIER = 1.0, 1.0
+NUM_BUCKETS = 8
 TOLERANCE = 1e-5
 
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the grid that the flags span; returns the exit code."""
     args = _arguments(argv)
+    if args.threads:
+        os.environ["NPROC"] = str(args.threads)  # read when JAX first looks for devices
     if args.devices > 1:
         jax.config.update("jax_num_cpu_devices", args.devices)
     rows = []
@@ -70,29 +73,25 @@ def _arguments(argv) -> argparse.Namespace:
         "--dp", action=argparse.BooleanOptionalAction, default=None, help="clip and noise; both if unset"
     )
     parser.add_argument("--data-dir", help="folder with u.data of MovieLens 100K; a made-up population without it")
-    parser.add_argument("--repeats", type=int, default=20, help="timed rounds")
+    parser.add_argument("--repeats", type=int, default=20, help="timed calls")
+    parser.add_argument("--span", type=int, default=5, help="rounds in a call; training runs up to 100")
     parser.add_argument("--cohort-sizes", type=int, nargs="+", default=[0], help="expected clients a round; 0 = all")
     parser.add_argument("--chunk-sizes", type=int, nargs="+", default=[0], help="clients side by side; 0 = the default")
-    parser.add_argument("--devices", type=int, default=_default_devices(), help="devices for the client axis")
+    parser.add_argument("--devices", type=int, default=1, help="devices for the client axis; 0 = one a CPU core")
+    parser.add_argument(
+        "--threads", type=int, help="XLA's worker threads on a CPU; default one a device, 0 = as many as cores"
+    )
     parser.add_argument("--json", action="store_true", help="print JSON lines and nothing else; append nothing")
     parser.add_argument("--out", type=Path, default=RESULTS, help="where JSON lines are appended")
-    parser.add_argument("--profile", type=Path, help="write a trace of three rounds into this folder")
+    parser.add_argument("--profile", type=Path, help="write a trace of a few rounds into this folder")
     parser.add_argument("--smoke", action="store_true", help="a tiny population, seconds long")
     args = parser.parse_args(argv)
     if args.smoke:
-        args.items, args.repeats = [50], 2
+        args.items, args.repeats, args.span = [50], 2, 2
+    # The kernels of a round are small: handing them from thread to thread costs more than the second thread gains.
+    args.devices = args.devices or len(os.sched_getaffinity(0))
+    args.threads = args.devices if args.threads is None else args.threads
     return args
-
-
-def _default_devices() -> int:
-    """One virtual device a core on a CPU (each runs its share of the clients), all devices of an accelerator."""
-    if os.environ.get("JAX_PLATFORMS", "cpu") == "cpu" and not _has_accelerator():
-        return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return 1
-
-
-def _has_accelerator() -> bool:
-    return any(Path(device).exists() for device in ("/dev/nvidia0", "/dev/accel0", "/dev/vfio/0"))
 
 
 def _workload(args, num_items: int) -> workload.Workload:
@@ -105,11 +104,17 @@ def measure(work: workload.Workload, args, *, dp: bool, cohort_size: int, chunk_
     """Times rounds of one setting.
 
     Returns:
-      A flat JSON object; seconds a round as ``median_s``, ``q1_s``, ``q3_s``; ``compile_s`` is the first call less a
-      median round; ``bytes_moved`` is what the algorithm must read and write at least; ``peak_memory_bytes`` is the
-      device's where it tells, else the process's.
+      A flat JSON object; seconds a round as ``median_s``, ``q1_s``, ``q3_s`` (over calls, each the mean of its
+      rounds); ``compile_s`` is the first call less a median call; ``bytes_moved`` is what the algorithm must
+      read and write at least; ``peak_memory_bytes`` is the device's where it tells, else the process's.
     """
-    clients = client_data_from_examples(list(work), num_items=work.num_items, num_shards=args.devices)
+    clients = client_data_from_examples(
+        list(work),
+        num_items=work.num_items,
+        batch_size=workload.BATCH_SIZE,
+        num_buckets=NUM_BUCKETS,
+        num_shards=args.devices,
+    )
     mesh = jax.make_mesh((args.devices,), ("clients",)) if args.devices > 1 else None
     links = (clip_by_global_norm(L2_CLIP_NORM), gaussian_noise(NOISE_MULTIPLIER * L2_CLIP_NORM)) if dp else ()
     algorithm = fedavg(
@@ -120,7 +125,7 @@ def measure(work: workload.Workload, args, *, dp: bool, cohort_size: int, chunk_
     sampler = full_participation(work.num_clients)
     if cohort_size:
         sampler = poisson(work.num_clients, cohort_size=cohort_size)
-    options = {"chunk_size": chunk_size or None, "mesh": mesh, "span_size": 8}
+    options = {"chunk_size": chunk_size or None, "mesh": mesh, "span_size": args.span}
     rounds = make_rounds(algorithm, chain(*links), sampler, clients, **options)
     difference = None
     if not cohort_size:
@@ -129,18 +134,17 @@ def measure(work: workload.Workload, args, *, dp: bool, cohort_size: int, chunk_
     keys = RoundKeys(*jax.random.split(jax.random.key(1), 3))
     state, private = rounds.init(jax.random.key(0))
     start = time.perf_counter()
-    state, private, _ = jax.block_until_ready(rounds.run(state, private, keys, 1))
+    state, private, _ = jax.block_until_ready(rounds.run(state, private, keys, args.span))
     first = time.perf_counter() - start
     seconds, cohorts = [], []
     for _ in range(args.repeats):
         start = time.perf_counter()
-        state, private, metrics = jax.block_until_ready(rounds.run(state, private, keys, 1))
-        seconds.append(time.perf_counter() - start)
-        cohorts.append(float(metrics["cohort_size"][0]))
+        state, private, metrics = jax.block_until_ready(rounds.run(state, private, keys, args.span))
+        seconds.append((time.perf_counter() - start) / args.span)
+        cohorts.append(float(metrics["cohort_size"].mean()))
     if args.profile is not None:
         with jax.profiler.trace(str(args.profile)):
-            for _ in range(3):
-                state, private, _ = jax.block_until_ready(rounds.run(state, private, keys, 1))
+            state, private, _ = jax.block_until_ready(rounds.run(state, private, keys, min(3, args.span)))
     q1, median, q3 = np.percentile(seconds, [25, 50, 75])
     share = np.mean(cohorts) / work.num_clients
     return {
@@ -153,10 +157,12 @@ def measure(work: workload.Workload, args, *, dp: bool, cohort_size: int, chunk_
         "workload": work.fingerprint,
         "chunk_size": chunk_size or default_chunk_size(),
         "devices": args.devices,
+        "threads": args.threads,
+        "span": args.span,
         "median_s": float(median),
         "q1_s": float(q1),
         "q3_s": float(q3),
-        "compile_s": first - float(median),
+        "compile_s": first - args.span * float(median),
         "repeats": args.repeats,
         "clients_per_s": float(np.mean(cohorts) / median),
         "examples_per_s": float(share * work.num_examples / median),

@@ -122,7 +122,7 @@ def trained_row(label: str, split: Split, silos: Silos, privacy: ExampleLevelDp,
         values.append(evaluate(scorer, cases(split), ks=(10,)).values)
     if not privacy.noise_multiplier:
         return label, num_silos, None, values
-    ledger = record_rounds(Ledger(unit="example", trust_model="local"), privacy, num_rounds=num_rounds)
+    ledger = record_rounds(Ledger(unit="example", trust_model="silo"), privacy, num_rounds=num_rounds)
     return label, num_silos, ledger.spent(DELTA).epsilon, values
 
 

@@ -88,11 +88,14 @@ examples = st.lists(
 
 
 @settings(max_examples=60, deadline=None, derandomize=True)
-@given(rows=examples, num_buckets=st.integers(1, 4), num_shards=st.integers(1, 3))
-def test_ready_made_examples_keep_order_and_repeats(rows, num_buckets, num_shards):
+@given(rows=examples, num_buckets=st.integers(1, 4), num_shards=st.integers(1, 3), batch_size=st.integers(1, 4))
+def test_ready_made_examples_keep_order_and_repeats(rows, num_buckets, num_shards, batch_size):
     num_shards = min(num_shards, len(rows))
     pairs = [(np.array([i for i, _ in row], np.int64), np.array([r for _, r in row])) for row in rows]
-    clients = client_data_from_examples(pairs, num_items=NUM_ITEMS, num_buckets=num_buckets, num_shards=num_shards)
+    clients = client_data_from_examples(
+        pairs, num_items=NUM_ITEMS, batch_size=batch_size, num_buckets=num_buckets, num_shards=num_shards
+    )
+    assert all(bucket.item_ids.shape[1] % batch_size == 0 for bucket in clients.buckets)
     found = read_back(clients)
     for user, row in enumerate(rows):
         assert found[user] == ([i for i, _ in row], [r for _, r in row], [])

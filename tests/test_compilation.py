@@ -17,6 +17,7 @@ from fedjax_rec.data.clients import client_data, client_data_from_examples
 from fedjax_rec.data.negatives import Negatives
 from fedjax_rec.federated.cohort import fixed_size, full_participation, poisson
 from fedjax_rec.federated.round import RoundKeys, make_rounds
+from fedjax_rec.models.base import Shared
 from fedjax_rec.models.matrix_factorization import linear_scorer, matrix_factorization
 from fedjax_rec.privacy.mechanisms import user_level_dp
 
@@ -59,6 +60,17 @@ def dp_rounds(model, data, sampler, **training):
     return make_rounds(algorithm, transforms, sampler, data, span_size=7, chunk_size=3)
 
 
+def weakly_typed():
+    """A model whose dense leaf is of Python's number type until something says otherwise."""
+    model = linear_scorer(NUM_ITEMS, dim=2)
+
+    def init_shared(key):
+        return Shared(model.init_shared(key).tables, {"out": jnp.full(2, 0.1), "bias": jnp.zeros(())})
+
+    assert init_shared(jax.random.key(0)).dense["out"].weak_type
+    return model._replace(init_shared=init_shared)
+
+
 CASES = {
     "poisson": lambda: dp_rounds(
         matrix_factorization(NUM_ITEMS, dim=2),
@@ -70,6 +82,7 @@ CASES = {
     "fixed_size": lambda: dp_rounds(
         linear_scorer(NUM_ITEMS, dim=2), given_data(), fixed_size(NUM_CLIENTS, cohort_size=5)
     ),
+    "weakly typed": lambda: dp_rounds(weakly_typed(), given_data(), full_participation(NUM_CLIENTS)),
 }
 
 

@@ -18,6 +18,7 @@ from fedjax_rec.federated.transforms import UpdateTransform, chain
 from fedjax_rec.models.base import Shared
 from fedjax_rec.models.matrix_factorization import linear_scorer
 from fedjax_rec.privacy.mechanisms import clip_by_global_norm, gaussian_noise, user_level_dp
+from fedjax_rec.privacy.noise import standard_normal
 
 NUM_CLIENTS = 6
 STDDEV = 0.75
@@ -100,6 +101,21 @@ def test_scale_over_a_million_draws():
     assert rounds.dp_event == dp_accounting.PoissonSampledDpEvent(
         expected_size / NUM_CLIENTS, dp_accounting.GaussianDpEvent(STDDEV / 2.0)
     )
+
+
+@pytest.mark.parametrize("shape", [(5,), (3, 7), (16_000, 32), (3_706, 64), (20_011, 8), (100_003,)])
+def test_numbers_drawn_in_pieces_are_those_drawn_at_once(shape, monkeypatch):
+    """Shapes that one piece holds, that pieces divide, that they do not, and an odd number of rows."""
+    one_by_one = np.asarray(standard_normal(jax.random.key(3), shape))
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    np.testing.assert_array_equal(one_by_one, np.asarray(standard_normal(jax.random.key(3), shape)))
+    assert one_by_one.shape == shape
+    if one_by_one.size < 1_000:
+        return
+    assert stats.kstest(one_by_one.ravel(), "norm").pvalue > 1e-3
+    flat = one_by_one.ravel()
+    for lag in (1, 1 << 12, flat.size // 16):  # the next number, the next piece, the next part
+        assert abs(np.corrcoef(flat[:-lag], flat[lag:])[0, 1]) < 5 / np.sqrt(flat.size)
 
 
 @pytest.fixture(scope="module")

@@ -130,13 +130,19 @@ def client_data(
 
 
 def client_data_from_examples(
-    examples: Sequence[tuple[np.ndarray, np.ndarray]], *, num_items: int, num_buckets: int = 5, num_shards: int = 1
+    examples: Sequence[tuple[np.ndarray, np.ndarray]],
+    *,
+    num_items: int,
+    batch_size: int = 1,
+    num_buckets: int = 5,
+    num_shards: int = 1,
 ) -> ClientData:
     """Lays out ready-made examples, repeats allowed, in their given order: nothing is drawn later.
 
     Args:
       examples: for each client, item ids int ``[n]`` and labels float ``[n]``.
       num_items: catalogue size.
+      batch_size: of the training to come: capacities are multiples of it, so that no round pads the last batch anew.
       num_buckets: see `client_data`.
       num_shards: see `client_data`.
     """
@@ -148,6 +154,7 @@ def client_data_from_examples(
         excluded=None,
         num_items=num_items,
         exclusion="given examples",
+        multiple=batch_size,
         num_buckets=num_buckets,
         num_shards=num_shards,
     )
@@ -220,7 +227,9 @@ def _pad(values, offsets, users, width, fill, dtype):
     return out, counts.astype(np.int32)
 
 
-def _lay_out(*, items, labels, offsets, excluded, num_items, exclusion, num_buckets, num_shards) -> ClientData:
+def _lay_out(
+    *, items, labels, offsets, excluded, num_items, exclusion, num_buckets, num_shards, multiple=1
+) -> ClientData:
     num_clients = len(offsets) - 1
     lengths = np.diff(offsets)
     if num_clients == 0 or lengths.max(initial=0) == 0:
@@ -229,7 +238,8 @@ def _lay_out(*, items, labels, offsets, excluded, num_items, exclusion, num_buck
         raise ValueError(f"num_buckets must be at least 1; got {num_buckets}.")
     if num_shards < 1 or num_shards > num_clients:
         raise ValueError(f"num_shards must be between 1 and the {num_clients} clients; got {num_shards}.")
-    capacities = choose_capacities(lengths[lengths > 0], num_buckets=num_buckets)
+    padded = -(-lengths // multiple) * multiple
+    capacities = choose_capacities(padded[padded > 0], num_buckets=num_buckets)
     bucket_of = np.searchsorted(capacities, lengths)
     per_shard = -(-num_clients // num_shards)
     shard_of = np.arange(num_clients) // per_shard

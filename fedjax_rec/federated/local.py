@@ -5,6 +5,7 @@ scatter is needed. If items repeat, the client trains a compact table of its dis
 batch at a time.
 """
 
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -143,34 +144,38 @@ def train(
     ids = epoch.row_ids if compact else epoch.examples.ids
     received = {name: take_rows(table, ids) for name, table in shared.tables.items()}
     first = {name: table[0] if not compact else take_rows(table, epoch.slots[0]) for name, table in received.items()}
+    has_examples = jnp.any(epoch.examples.weights > 0, axis=(1, 2))
     opt_state = optimizer.init({"rows": first, "dense": shared.dense, "private": private})
 
-    def step(i, carry):
+    def step(epoch_index, index, carry):
         tables, dense, private, opt_state, loss_sum = carry
-        index = i % num_steps
         batch, slots = jax.tree.map(lambda x: x[index], (epoch.examples, epoch.slots))
         rows = {name: take_rows(t, slots) if compact else t[index] for name, t in tables.items()}
         params = {"rows": rows, "dense": dense, "private": private}
 
         def loss(params):
             view = View(params["rows"], params["dense"])
-            # By epoch and batch, not by i: num_steps is the chunk's, and a client must not depend on its neighbours.
-            step_key = jax.random.fold_in(jax.random.fold_in(key, i // num_steps), index)
+            step_key = jax.random.fold_in(jax.random.fold_in(key, epoch_index), index)
             return model.loss(view, params["private"], batch, step_key)
 
         value, gradient = jax.value_and_grad(loss)(params)
         updates, new_state = optimizer.update(gradient, opt_state, params)
-        real = jnp.any(batch.weights > 0)
-        updates = jax.tree.map(lambda x: jnp.where(real, x, 0), updates)
-        opt_state = jax.tree.map(lambda new, old: jnp.where(real, new, old), new_state, opt_state)
-        for name, change in updates["rows"].items():
+        # Rows need no select: without examples, every slot is padding.
+        for name, change in updates.pop("rows").items():
             table = tables[name]
             tables = tables | {name: add_rows(table, slots, change) if compact else table.at[index].add(change)}
+        real = has_examples[index]
+        updates = jax.tree.map(lambda x: jnp.where(real, x, 0), updates)
+        opt_state = jax.tree.map(lambda new, old: jnp.where(real, new, old), new_state, opt_state)
         dense, private = optax.apply_updates((dense, private), (updates["dense"], updates["private"]))
-        return tables, dense, private, opt_state, loss_sum + jnp.where(real & (i < num_steps), value, 0.0)
+        return tables, dense, private, opt_state, loss_sum + jnp.where(real & (epoch_index == 0), value, 0.0)
+
+    def one_epoch(epoch_index, carry):
+        return jax.lax.fori_loop(0, num_steps, partial(step, epoch_index), carry)
 
     carry = (received, shared.dense, private, opt_state, jnp.zeros(()))
-    tables, dense, private, _, loss_sum = jax.lax.fori_loop(0, num_steps * num_epochs, step, carry)
+    carry = one_epoch(0, carry) if num_epochs == 1 else jax.lax.fori_loop(0, num_epochs, one_epoch, carry)
+    tables, dense, private, _, loss_sum = carry
     ids = ids.reshape(-1)
     rows = {}
     for name, table in tables.items():
@@ -179,7 +184,7 @@ def train(
         if not compact:  # no slot leads to a compact table's padding, but a copy that rides along may decay there
             change = jnp.where((ids < num_rows)[:, None], change, 0.0)
         rows[name] = Rows(ids, change, num_rows)
-    own_steps = jnp.maximum(jnp.any(epoch.examples.weights > 0, axis=(1, 2)).sum(), 1)
+    own_steps = jnp.maximum(has_examples.sum(), 1)
     return Trained(rows, jax.tree.map(jnp.subtract, dense, shared.dense), private, loss_sum / own_steps)
 
 

@@ -29,6 +29,7 @@ TRUST_MODELS = {
     "central": "The server sees the sum of the clipped updates and is trusted to add the noise and to drop the rest.",
     "secure_sum": "The server sees only the noised sum, by secure aggregation; it is trusted to follow the protocol.",
     "shuffled": "Each client adds noise to its own report; a trusted shuffler hides who sent it.",
+    "silo": "Each silo adds the noise while it trains on its own records; it is trusted by those, and trusts nobody.",
     "local": "Each client adds noise to its own report; nobody is trusted.",
 }
 """Who must be trusted for the epsilon to hold, by name."""

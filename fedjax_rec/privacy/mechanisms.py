@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from fedjax_rec.federated.rows import is_rows, merge_duplicates
 from fedjax_rec.federated.transforms import UpdateTransform, chain, scale_update, select_update
+from fedjax_rec.privacy.noise import standard_normal
 
 
 def global_norm(update) -> jax.Array:
@@ -72,7 +73,7 @@ def gaussian_noise(stddev: float) -> UpdateTransform:
     def server(total, state, key):
         leaves, structure = jax.tree.flatten(total)
         keys = jax.random.split(key, len(leaves))
-        noised = [leaf + stddev * jax.random.normal(k, leaf.shape) for leaf, k in zip(leaves, keys, strict=True)]
+        noised = [leaf + stddev * standard_normal(k, leaf.shape) for leaf, k in zip(leaves, keys, strict=True)]
         return jax.tree.unflatten(structure, noised), state
 
     def dp_event(bound):
