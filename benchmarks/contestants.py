@@ -21,6 +21,7 @@ class Contestant:
       module: the program, run by `python -m`.
       flags: its own flags.
       requirements: what pip installs into its own environment; empty = the environment of this process.
+      environ: environment variables that it is run with.
       note: how it works, where that differs from the workload.
     """
 
@@ -31,6 +32,7 @@ class Contestant:
     module: str
     flags: tuple[str, ...] = ()
     requirements: tuple[str, ...] = ()
+    environ: tuple[tuple[str, str], ...] = ()
     note: str = ""
 
 
@@ -74,6 +76,16 @@ CONTESTANTS = (
         "just that",
     ),
     Contestant(
+        name="fedjax-thread",
+        family="fedjax",
+        label="fedjax, one thread",
+        privacy="none",
+        module="benchmarks.peer_programs.fedjax_round",
+        requirements=("fedjax==0.0.17",),
+        environ=(("NPROC", "1"),),
+        note="the same with one of XLA's worker threads, as our rows on one device have it",
+    ),
+    Contestant(
         name="pfl",
         family="pfl",
         label="pfl",
@@ -104,7 +116,7 @@ def environment(contestant: Contestant, venv_dir: Path, *, say: Callable[[str], 
 
     Args:
       contestant: whose environment.
-      venv_dir: the folder of all environments; this one is the folder inside it that has the contestant's name.
+      venv_dir: the folder of all environments; this one is the folder inside it that has the family's name.
       say: gets a line of progress before something is installed.
 
     Raises:
@@ -112,7 +124,7 @@ def environment(contestant: Contestant, venv_dir: Path, *, say: Callable[[str], 
     """
     if not contestant.requirements:
         return Path(sys.executable)
-    folder = venv_dir.resolve() / contestant.name
+    folder = venv_dir.resolve() / contestant.family
     python = folder / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
     mark, wanted = folder / "installed.txt", "\n".join(contestant.requirements)
     if python.exists() and mark.is_file() and mark.read_text() == wanted:

@@ -62,11 +62,12 @@ class Config:
     smoke: bool = False
 
 
-def run(arguments: Sequence[str], *, say: Callable[[str], None]) -> list[Row]:
+def run(arguments: Sequence[str], *, environ: dict[str, str], say: Callable[[str], None]) -> list[Row]:
     """Runs a program from the root of the repository and returns the JSON lines it printed; other lines are dropped.
 
     Args:
       arguments: the command line.
+      environ: environment variables besides those of this process.
       say: gets a line of progress for each round, as it comes.
 
     Raises:
@@ -74,7 +75,8 @@ def run(arguments: Sequence[str], *, say: Callable[[str], None]) -> list[Row]:
     """
     rows = []
     with tempfile.TemporaryFile("w+") as stderr:
-        with subprocess.Popen(arguments, cwd=ROOT, stdout=subprocess.PIPE, stderr=stderr, text=True) as process:
+        options = {"cwd": ROOT, "env": os.environ | environ, "text": True}
+        with subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=stderr, **options) as process:
             for line in process.stdout:
                 if line.startswith("{"):
                     rows.append(json.loads(line))
@@ -124,7 +126,7 @@ def measure(
                     check=turn == 0,
                 )
                 try:
-                    printed = run(arguments, say=say)
+                    printed = run(arguments, environ=dict(contestant.environ), say=say)
                 except ProgramFailedError as error:
                     say(f"    failed: {error}")
                     printed = [{"error": str(error)}]

@@ -24,7 +24,7 @@ def quiet(words):
 def recorded(arguments_seen, *, fails=()):
     """A `run` that starts nothing: it prints what programs print, with times that tell them apart."""
 
-    def fake(arguments, *, say):
+    def fake(arguments, *, environ, say):
         arguments_seen.append(arguments)
         module, items = arguments[2], int(arguments[arguments.index("--items") + 1])
         if module in fails:

@@ -12,6 +12,8 @@ Differs from the paper: private parameters (user vectors) stay on the client; th
 cohort size and not by the realised number of examples, which would not be public.
 """
 
+from collections.abc import Sequence
+
 import jax
 import jax.numpy as jnp
 import optax
@@ -32,6 +34,7 @@ def fedavg(
     local_epochs: int = 1,
     batch_size: int | None = None,
     negatives: Negatives | None = None,
+    phases: Sequence[Sequence[str]] = local.ONE_PHASE,
     weigh_by_examples: bool = False,
     max_examples: int | None = None,
     mean_examples: float | None = None,
@@ -45,6 +48,7 @@ def fedavg(
       local_epochs: passes over the client's examples of the round.
       batch_size: interactions a step (negatives come on top); None takes the client's whole data in one step.
       negatives: how to draw negatives; None trains on the given labels alone.
+      phases: what moves in which step of a batch, see `local.train`; by default everything in one.
       weigh_by_examples: weight n_k instead of 1 for a client with n_k interactions.
       max_examples: public bound b; the weight is then min(n_k, b) / b, which DP allows.
       mean_examples: without a bound the weight is n_k / mean_examples, which DP refuses.
@@ -52,7 +56,7 @@ def fedavg(
     Raises:
       ValueError: for a client optimizer that keeps state for rows, or weights without a scale.
     """
-    local.check_client_optimizer(client_optimizer, model)
+    local.check_client_optimizer(client_optimizer, model, phases)
     if weigh_by_examples and max_examples is None and mean_examples is None:
         raise ValueError("Weighting by examples needs max_examples (a public bound) or mean_examples (not for DP).")
     if local_epochs < 1:
@@ -75,6 +79,7 @@ def fedavg(
             num_steps=num_steps,
             num_epochs=local_epochs,
             key=train_key,
+            phases=phases,
         )
         update = Shared(trained.rows, trained.dense)
         if weigh_by_examples:

@@ -73,11 +73,15 @@ class Negatives(NamedTuple):
       distribution: ``"uniform"`` over the items that may be drawn, or ``"popularity"`` with ``item_cdf``.
       item_cdf: float32 ``[num_items]``, cumulative share of each item, ending at 1; only for ``"popularity"``. It is
         computed from all clients' data, so under DP it must come from a released histogram.
+      replacement: True lets each positive draw on its own, so that an item may come up again in a client's epoch, as in
+        most published code. It tells a client less about its unseen items, and local training then needs a table of
+        the whole catalogue. Uniform only.
     """
 
     num_per_positive: int = 4
     distribution: str = "uniform"
     item_cdf: jax.Array | None = None
+    replacement: bool = False
 
 
 def popularity_cdf(item_counts: jax.Array, *, exponent: float = 0.75) -> jax.Array:
@@ -108,14 +112,33 @@ def uniform_negatives(
     available = num_items - num_excluded
     drawn = jnp.minimum(wanted, available)
     index = jnp.arange(num, dtype=jnp.int32)
-    rank = permute(key, index, available)
-    # The r-th item that is not excluded is r plus the number of excluded items before it.
-    gaps = excluded - jnp.arange(len(excluded), dtype=excluded.dtype)
-    gaps = jnp.where(jnp.arange(len(excluded)) < num_excluded, gaps, num_items)
-    ids = rank + jnp.searchsorted(gaps, rank, side="right").astype(jnp.int32)
+    ids = _allowed_item(permute(key, index, available), excluded, num_excluded, num_items)
     real = index < drawn
     weight = wanted.astype(jnp.float32) / jnp.maximum(drawn, 1).astype(jnp.float32)
     return jnp.where(real, ids, num_items), jnp.where(real, weight, 0.0)
+
+
+def independent_negatives(
+    key: jax.Array, *, num: int, wanted: jax.Array, excluded: jax.Array, num_excluded: jax.Array, num_items: int
+) -> tuple[jax.Array, jax.Array]:
+    """Draws items uniformly and with replacement from those not in ``excluded``; arguments as in `uniform_negatives`.
+
+    Returns:
+      ids int32 ``[num]``, padded with ``num_items``, and weights float32 ``[num]``: 1, or 0 where nothing is left to
+      draw.
+    """
+    available = num_items - num_excluded
+    rank = jax.random.randint(key, (num,), 0, jnp.maximum(available, 1), jnp.int32)
+    real = (jnp.arange(num) < wanted) & (available > 0)
+    ids = _allowed_item(rank, excluded, num_excluded, num_items)
+    return jnp.where(real, ids, num_items), real.astype(jnp.float32)
+
+
+def _allowed_item(rank: jax.Array, excluded: jax.Array, num_excluded: jax.Array, num_items: int) -> jax.Array:
+    """The r-th item that is not excluded, for each r of ``rank``: r plus the number of excluded items before it."""
+    gaps = excluded - jnp.arange(len(excluded), dtype=excluded.dtype)
+    gaps = jnp.where(jnp.arange(len(excluded)) < num_excluded, gaps, num_items)
+    return rank + jnp.searchsorted(gaps, rank, side="right").astype(jnp.int32)
 
 
 def popularity_negatives(

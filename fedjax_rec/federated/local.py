@@ -1,10 +1,11 @@
 """Local training of one client on the rows of the shared tables that it touches.
 
 Two layouts. If a client's items are distinct within the epoch, each example carries its own copy of its row and no
-scatter is needed. If items repeat, the client trains a compact table of its distinct rows, gathered and scattered a
-batch at a time.
+scatter is needed. If items repeat, the client trains a compact table of its distinct rows (of all rows, if negatives
+are drawn with replacement), gathered and scattered a batch at a time.
 """
 
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -13,9 +14,19 @@ import jax.numpy as jnp
 import optax
 
 from fedjax_rec.data.clients import Client
-from fedjax_rec.data.negatives import Negatives, permute, popularity_negatives, uniform_negatives
+from fedjax_rec.data.negatives import (
+    Negatives,
+    independent_negatives,
+    permute,
+    popularity_negatives,
+    uniform_negatives,
+)
 from fedjax_rec.federated.rows import Rows, add_rows, take_rows
 from fedjax_rec.models.base import Examples, Model, Shared, View
+
+
+GROUPS = ("rows", "dense", "private")
+ONE_PHASE = (GROUPS,)
 
 
 class Epoch(NamedTuple):
@@ -87,6 +98,8 @@ def draw_epoch(client: Client, negatives: Negatives | None, batch_size: int | No
         drawn = _draw_negatives(client, negatives, position, negative_key)
         examples = jax.tree.map(lambda a, b: jnp.concatenate([a, b], 1), examples, drawn)
     examples = jax.tree.map(lambda x: x.reshape(steps, rows, *x.shape[1:]), examples)
+    if slots is None and negatives is not None and negatives.replacement:
+        return Epoch(examples, examples.ids, jnp.arange(client.num_items, dtype=jnp.int32))
     return Epoch(examples, slots, client.row_ids)
 
 
@@ -94,8 +107,11 @@ def _draw_negatives(client: Client, negatives: Negatives, position: jax.Array, k
     per_positive = negatives.num_per_positive
     num = len(position) * per_positive
     wanted = client.length * per_positive
+    if negatives.replacement and negatives.distribution != "uniform":
+        raise ValueError("Negatives with replacement are uniform; popularity sampling has none.")
     if negatives.distribution == "uniform":
-        ids, weights = uniform_negatives(
+        draw = independent_negatives if negatives.replacement else uniform_negatives
+        ids, weights = draw(
             key,
             num=num,
             wanted=wanted,
@@ -116,6 +132,11 @@ def _draw_negatives(client: Client, negatives: Negatives, position: jax.Array, k
     return Examples(ids, jnp.zeros_like(weights), weights)
 
 
+def row_ids(epoch: Epoch) -> jax.Array:
+    """The item ids that `train` holds rows of, int32 ``[S]`` or ``[steps, batch, 1 + negatives]``, padded."""
+    return epoch.row_ids if epoch.slots is not None else epoch.examples.ids
+
+
 def train(
     model: Model,
     optimizer: optax.GradientTransformation,
@@ -126,6 +147,8 @@ def train(
     num_steps: jax.Array,
     num_epochs: int,
     key: jax.Array,
+    phases: Sequence[Sequence[str]] = ONE_PHASE,
+    extra_gradient: Callable[[Shared], Shared] | None = None,
 ) -> Trained:
     """Runs ``num_epochs`` passes of ``num_steps`` batches; batches without examples change nothing.
 
@@ -139,9 +162,20 @@ def train(
       num_steps: int32 scalar; the same for all clients of a vmapped chunk, so that the loop needs no masking.
       num_epochs: passes over the same examples.
       key: for stochastic losses.
+      phases: which of "rows", "dense" and "private" each step of a batch moves, one step a phase; a later phase sees
+        what an earlier one did. By default one step moves all.
+      extra_gradient: added to the gradient of shared parameters in every step that has examples. Takes current minus
+        received and gives a `Shared` like it: tables ``[..., dim]`` laid out as `row_ids`, dense leaves as they are.
+        It acts on every row the client holds and not only on the batch's, so a step costs as much as the client has
+        rows; with one batch an epoch that is no more than without.
+
+    Raises:
+      ValueError: for several phases together with an extra gradient.
     """
+    if extra_gradient is not None and len(phases) > 1:
+        raise ValueError("extra_gradient needs one phase: it is the gradient of a term on rows and dense leaves both.")
     compact = epoch.slots is not None
-    ids = epoch.row_ids if compact else epoch.examples.ids
+    ids = row_ids(epoch)
     received = {name: take_rows(table, ids) for name, table in shared.tables.items()}
     first = {name: table[0] if not compact else take_rows(table, epoch.slots[0]) for name, table in received.items()}
     has_examples = jnp.any(epoch.examples.weights > 0, axis=(1, 2))
@@ -152,26 +186,60 @@ def train(
         batch, slots = jax.tree.map(lambda x: x[index], (epoch.examples, epoch.slots))
         rows = {name: take_rows(t, slots) if compact else t[index] for name, t in tables.items()}
         params = {"rows": rows, "dense": dense, "private": private}
+        real = has_examples[index]
+        step_key = jax.random.fold_in(jax.random.fold_in(key, epoch_index), index)
+
+        def loss(moved, params):
+            params = params | moved
+            return model.loss(View(params["rows"], params["dense"]), params["private"], batch, step_key)
+
+        first_loss = None
+        for phase in phases:
+            value, gradient = jax.value_and_grad(loss)({name: params[name] for name in phase}, params)
+            first_loss = value if first_loss is None else first_loss
+            still = {name: jax.tree.map(jnp.zeros_like, params[name]) for name in GROUPS if name not in phase}
+            updates, new_state = optimizer.update(gradient | still, opt_state, params)
+            # Rows need no select: without examples, every slot is padding.
+            updates |= jax.tree.map(lambda x: jnp.where(real, x, 0), {k: updates[k] for k in ("dense", "private")})
+            opt_state = jax.tree.map(lambda new, old: jnp.where(real, new, old), new_state, opt_state)
+            for name, change in updates["rows"].items() if "rows" in phase else ():
+                table = tables[name]
+                tables = tables | {name: add_rows(table, slots, change) if compact else table.at[index].add(change)}
+            params = params | optax.apply_updates(
+                {name: params[name] for name in phase}, {name: updates[name] for name in phase}
+            )
+        loss_sum += jnp.where(real & (epoch_index == 0), first_loss, 0.0)
+        return tables, params["dense"], params["private"], opt_state, loss_sum
+
+    def step_on_all_rows(epoch_index, index, carry):
+        tables, dense, private, opt_state, loss_sum = carry
+        batch, slots = jax.tree.map(lambda x: x[index], (epoch.examples, epoch.slots))
+        rows = {name: take_rows(t, slots) if compact else t[index] for name, t in tables.items()}
+        real = has_examples[index]
+        step_key = jax.random.fold_in(jax.random.fold_in(key, epoch_index), index)
 
         def loss(params):
-            view = View(params["rows"], params["dense"])
-            step_key = jax.random.fold_in(jax.random.fold_in(key, epoch_index), index)
-            return model.loss(view, params["private"], batch, step_key)
+            return model.loss(View(params["rows"], params["dense"]), params["private"], batch, step_key)
 
-        value, gradient = jax.value_and_grad(loss)(params)
+        value, gradient = jax.value_and_grad(loss)({"rows": rows, "dense": dense, "private": private})
+        extra = extra_gradient(jax.tree.map(jnp.subtract, Shared(tables, dense), Shared(received, shared.dense)))
+        for name, table in extra.tables.items():
+            of_batch = gradient["rows"][name]
+            whole = add_rows(table, slots, of_batch) if compact else table.at[index].add(of_batch)
+            gradient["rows"] = gradient["rows"] | {name: whole}
+        gradient["dense"] = jax.tree.map(jnp.add, gradient["dense"], extra.dense)
+        params = {"rows": tables, "dense": dense, "private": private}
         updates, new_state = optimizer.update(gradient, opt_state, params)
-        # Rows need no select: without examples, every slot is padding.
-        for name, change in updates.pop("rows").items():
-            table = tables[name]
-            tables = tables | {name: add_rows(table, slots, change) if compact else table.at[index].add(change)}
-        real = has_examples[index]
         updates = jax.tree.map(lambda x: jnp.where(real, x, 0), updates)
         opt_state = jax.tree.map(lambda new, old: jnp.where(real, new, old), new_state, opt_state)
-        dense, private = optax.apply_updates((dense, private), (updates["dense"], updates["private"]))
-        return tables, dense, private, opt_state, loss_sum + jnp.where(real & (epoch_index == 0), value, 0.0)
+        params = optax.apply_updates(params, updates)
+        loss_sum += jnp.where(real & (epoch_index == 0), value, 0.0)
+        return params["rows"], params["dense"], params["private"], opt_state, loss_sum
+
+    one_step = step if extra_gradient is None else step_on_all_rows
 
     def one_epoch(epoch_index, carry):
-        return jax.lax.fori_loop(0, num_steps, partial(step, epoch_index), carry)
+        return jax.lax.fori_loop(0, num_steps, partial(one_step, epoch_index), carry)
 
     carry = (received, shared.dense, private, opt_state, jnp.zeros(()))
     carry = one_epoch(0, carry) if num_epochs == 1 else jax.lax.fori_loop(0, num_epochs, one_epoch, carry)
@@ -181,21 +249,27 @@ def train(
     for name, table in tables.items():
         change = (table - received[name]).reshape(-1, table.shape[-1])
         num_rows = shared.tables[name].shape[0]
-        if not compact:  # no slot leads to a compact table's padding, but a copy that rides along may decay there
+        # No slot leads to a compact table's padding, but a copy that rides along or an extra gradient may move it.
+        if not compact or extra_gradient is not None:
             change = jnp.where((ids < num_rows)[:, None], change, 0.0)
         rows[name] = Rows(ids, change, num_rows)
     own_steps = jnp.maximum(has_examples.sum(), 1)
     return Trained(rows, jax.tree.map(jnp.subtract, dense, shared.dense), private, loss_sum / own_steps)
 
 
-def check_client_optimizer(optimizer: optax.GradientTransformation, model: Model) -> None:
-    """Refuses a client optimizer that keeps state for every item row.
+def check_client_optimizer(
+    optimizer: optax.GradientTransformation, model: Model, phases: Sequence[Sequence[str]] = ONE_PHASE
+) -> None:
+    """Refuses a client optimizer that keeps state for every item row, and phases that do not fit.
 
     Rows live for one batch on the client, so momentum on them would be momentum of other items.
 
     Raises:
-      ValueError: if the optimizer's state for the row parameters is not empty.
+      ValueError: if the optimizer's state for the row parameters is not empty, if phases do not name each of "rows",
+        "dense" and "private" once, or if there are several and the optimizer keeps any state.
     """
+    if sorted(name for phase in phases for name in phase) != sorted(GROUPS):
+        raise ValueError(f"phases must name each of {', '.join(GROUPS)} once, in one phase or more; got {phases}.")
     shared = jax.eval_shape(model.init_shared, jax.random.key(0))
     rows = {name: jax.ShapeDtypeStruct((3, 5, table.shape[1]), table.dtype) for name, table in shared.tables.items()}
     private = jax.eval_shape(model.init_private, jax.random.key(0))
@@ -204,4 +278,9 @@ def check_client_optimizer(optimizer: optax.GradientTransformation, model: Model
         raise ValueError(
             "The client optimizer keeps state for item rows (momentum, Adam). Use a stateless one for them, as in "
             "optax.partition({'rows': optax.sgd(0.1), ...}, ...), and put momentum into the server optimizer."
+        )
+    if len(phases) > 1 and jax.tree.leaves(state):
+        raise ValueError(
+            "With several phases a batch would step the client optimizer's state several times; use one without state, "
+            "such as optax.sgd."
         )
