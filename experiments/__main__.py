@@ -6,6 +6,10 @@ import importlib
 import sys
 from pathlib import Path
 
+import jax
+
+from fedjax_rec.data.cache import default_cache_dir
+
 HELPERS = {"__init__", "__main__", "harness", "ranked"}
 
 
@@ -31,8 +35,13 @@ def main(argv: list[str]) -> int:
         hint = f" Did you mean {near[0]}?" if near else ""
         print(f"There is no study {argv[0]!r}.{hint} `python -m experiments --list` prints them.", file=sys.stderr)
         return 2
-    return importlib.import_module(f"experiments.{argv[0]}").main(argv[1:])
+    try:
+        return importlib.import_module(f"experiments.{argv[0]}").main(argv[1:])
+    except (OSError, ValueError) as error:
+        print(f"experiments {argv[0]}: {error}", file=sys.stderr)
+        return 2
 
 
 if __name__ == "__main__":
+    jax.config.update("jax_compilation_cache_dir", str(default_cache_dir() / "xla"))  # seeds share what is compiled
     sys.exit(main(sys.argv[1:]))

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from fedjax_rec.reporting.formatting import MISSING
 from fedjax_rec.reporting.tables import Table, to_latex, to_markdown
 from fedjax_rec.runs.stamp import stamp
 
@@ -56,8 +57,8 @@ class Row:
 
     Attributes:
       name: names the row on the command line and in the results.
-      run: `(seed, options) -> {"values": {metric: number}, "fingerprint": str, ...}`; equal fingerprints mean equal
-        data, split, protocol and hyper-parameters, and anything else it returns is kept in the line.
+      run: `(seed, options) -> {"values": {metric: number}, "protocols": {metric: fingerprint}, ...}`; a metric's
+        fingerprint covers data, split and rules (`Protocol.fingerprint`), and what else it returns is kept in the line.
       published: by metric.
       note: why a row is not expected to agree, where that is known; such a row is shown and never fails the run.
     """
@@ -123,13 +124,16 @@ def main(study: Study, argv: Sequence[str] | None) -> int:
                 RESULTS.mkdir(exist_ok=True)
                 with open(RESULTS / f"{study.name}.jsonl", "a", encoding="utf-8") as file:
                     file.write(json.dumps(line) + "\n")
+    check_comparable(study, lines)
     table, statuses = make_table(study, lines)
     page = write_page(study, table, statuses, lines)
     print(page)
     if not args.smoke:
         (RESULTS / f"{study.name}.md").write_text(page, encoding="utf-8")
         (RESULTS / f"{study.name}.tex").write_text(to_latex(table), encoding="utf-8")
-    failed = [name for name, status in statuses.items() if status.startswith("not reproduced") and not _note(study, name)]
+    failed = [
+        name for name, status in statuses.items() if status.startswith("not reproduced") and not _note(study, name)
+    ]
     if failed and not args.smoke:
         print(f"Left their tolerance without an explanation: {', '.join(failed)}.", file=sys.stderr)
         return 1
@@ -143,15 +147,35 @@ def read_lines(name: str) -> list[dict[str, Any]]:
 
 
 def newest(lines: Sequence[dict[str, Any]], row: str) -> list[dict[str, Any]]:
-    """The runs of a row that count: of its newest fingerprint, the last one of each seed."""
+    """The runs of a row that count: of its newest protocols, the last one of each seed."""
     mine = [line for line in lines if line["row"] == row]
-    same = [line for line in mine if line["fingerprint"] == mine[-1]["fingerprint"]]
+    same = [line for line in mine if line["protocols"] == mine[-1]["protocols"]]
     return list({line["seed"]: line for line in same}.values())
+
+
+def check_comparable(study: Study, lines: Sequence[dict[str, Any]]) -> None:
+    """Refuses a column whose rows were measured by different rules.
+
+    Raises:
+      ValueError: naming the column and two rows.
+    """
+    for metric in study.metrics:
+        first = {}
+        for row in study.rows:
+            for run in newest(lines, row.name):
+                if metric in run["protocols"]:
+                    first.setdefault(run["protocols"][metric], row.name)
+        if len(first) > 1:
+            one, other = list(first.values())[:2]
+            raise ValueError(
+                f"{metric} of {one!r} and of {other!r} were measured by different protocols or data; run both again."
+            )
 
 
 def make_table(study: Study, lines: Sequence[dict[str, Any]]) -> tuple[Table, dict[str, str]]:
     """The table, and the status of each row that was run."""
     scale = 100 if study.percent else 1
+    compared = [metric for metric in study.metrics if any(metric in row.published for row in study.rows)]
     rows, statuses, notes = [], {}, []
     for row in study.rows:
         runs = newest(lines, row.name)
@@ -162,15 +186,16 @@ def make_table(study: Study, lines: Sequence[dict[str, Any]]) -> tuple[Table, di
             values = [run["values"][metric] * scale for run in runs if metric in run["values"]]
             means[metric] = statistics.fmean(values) if values else math.nan
             spread = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
-            cells.append(f"{means[metric]:.2f}{spread}" if values else "–")
-            published = row.published.get(metric)
-            cells.append("–" if published is None else f"{published.value:.2f}{SOURCES[published.source]}")
+            cells.append(f"{means[metric]:.2f}{spread}" if values else MISSING)
+            if metric in compared:
+                published = row.published.get(metric)
+                cells.append(MISSING if published is None else f"{published.value:.2f}{SOURCES[published.source]}")
         statuses[row.name] = status_of(row, means)
         seconds = statistics.fmean([run["seconds"] for run in runs])
         rows.append((row.name, *cells, len(runs), f"{seconds:.0f}", statuses[row.name]))
         if row.note:
             notes.append(f"{row.name}: {row.note}")
-    heads = [text for metric in study.metrics for text in (metric, f"{metric} published")]
+    heads = [text for m in study.metrics for text in ((m, f"{m}, published") if m in compared else (m,))]
     return Table(("row", *heads, "seeds", "seconds", "status"), rows, notes=tuple(notes)), statuses
 
 
@@ -192,7 +217,7 @@ def write_page(study: Study, table: Table, statuses: dict[str, str], lines: Sequ
     count = sum(status == "reproduced" for status in statuses.values())
     claimed = sum(status != "nothing claimed" for status in statuses.values())
     return (
-        f"# {study.title}\n\nStatus: {count} of the {claimed} rows with a tolerance are reproduced.\n\n{study.about}\n\n"
+        f"# {study.title}\n\nStatus: {count} of {claimed} rows with a tolerance are reproduced.\n\n{study.about}\n\n"
         f"{to_markdown(table)}\n\nWritten by `python -m experiments {study.name}`; commits {', '.join(commits)}, "
         f"device {', '.join(devices)}. Mean ± standard deviation over seeds of training.\n"
     )

@@ -29,7 +29,7 @@ def ml_100k(data_dir: Path | None, *, smoke: bool) -> Interactions:
     GroupLens's order, and results are not comparable with the published ones: the protocol's fingerprint differs.
     """
     if smoke:
-        return load("synthetic", num_users=40, num_items=150)
+        return load("synthetic", num_users=40, num_items=400)
     interactions = load("movielens/100k", data_dir=data_dir)
     folders = [Path(folder) for folder in (data_dir, os.environ.get("FEDJAX_REC_DATA")) if folder is not None]
     for file in (path for folder in folders for path in (folder / "ml-100k", folder)):
@@ -46,6 +46,7 @@ def train_and_rank(
     seed: int,
     num_rounds: int,
     eval_every: int = 1,
+    num_buckets: int = 5,
     transforms: UpdateTransform | None = None,
 ) -> dict[str, dict[str, float]]:
     """One training run, every client in every round, reported as each protocol says.
@@ -57,6 +58,7 @@ def train_and_rank(
       seed: of initial parameters and of what clients draw; the split has its own.
       num_rounds: rounds to run.
       eval_every: rounds between evaluations.
+      num_buckets: see `client_data`; never changes a result.
       transforms: the update chain; none by default.
 
     Returns:
@@ -68,10 +70,12 @@ def train_and_rank(
     """
     first = protocols[0]
     if len({(p.tie_rule, p.split_seed, p.exclusion, p.scored) for p in protocols}) > 1:
-        raise ValueError("These protocols differ in split, training negatives or scored parameters: train once for each.")
+        raise ValueError(
+            "These protocols differ in split, training negatives or scored parameters: train once for each."
+        )
     split = first.split(interactions)
     asked = {part: cases(split, part) for part in ("validation", "test")}
-    clients = client_data(split, exclusion=first.exclusion)
+    clients = client_data(split, exclusion=first.exclusion, num_buckets=num_buckets)
     algorithm, model = build(interactions)
     if first.scored == "client":
         questions = {part: question(c, num_clients=clients.num_clients) for part, c in asked.items()}
@@ -97,9 +101,7 @@ def train_and_rank(
                     scorer = client_scorer(model.score, shared=state.shared, private=private)
                     evaluation = evaluate(scorer, c, ks=protocol.ks, ties=protocol.ties)
                 values[part] = sampled(evaluation, protocol)
-            history[protocol.name].append(
-                {"round": done, "loss": float(np.asarray(metrics["loss"])[-1]), **values}
-            )
+            history[protocol.name].append({"round": done, "loss": float(np.asarray(metrics["loss"])[-1]), **values})
     return {protocol.name: select(history[protocol.name], protocol) for protocol in protocols}
 
 

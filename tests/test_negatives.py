@@ -10,7 +10,14 @@ from evaluation_worlds import make_split
 from scipy import stats
 
 from fedjax_rec.data.clients import client_data
-from fedjax_rec.data.negatives import Negatives, permute, popularity_cdf, popularity_negatives, uniform_negatives
+from fedjax_rec.data.negatives import (
+    Negatives,
+    independent_negatives,
+    permute,
+    popularity_cdf,
+    popularity_negatives,
+    uniform_negatives,
+)
 from fedjax_rec.federated.local import draw_epoch
 
 LARGEST = 300
@@ -238,3 +245,37 @@ def test_a_client_who_touched_everything_trains_on_positives_alone():
     assert sorted(ids[:, 0]) == list(range(6))
     np.testing.assert_array_equal(weights, [[1, 0, 0]] * 6)
     assert np.all(ids[:, 1:] == 6)
+
+
+def test_independent_draws_are_uniform_over_what_is_allowed_and_repeat():
+    excluded = jnp.array([0, 3, 9, 10, 10], jnp.int32)  # of ten items, 0, 3 and 9; padded with 10
+    draw = partial(
+        independent_negatives, num=70_010, wanted=70_000, excluded=excluded, num_excluded=jnp.int32(3), num_items=10
+    )
+    ids, weights = map(np.asarray, draw(jax.random.key(0)))
+    assert (ids[70_000:] == 10).all()
+    assert (weights == (np.arange(70_010) < 70_000)).all()
+    counts = np.bincount(ids[:70_000], minlength=10)
+    allowed = [1, 2, 4, 5, 6, 7, 8]
+    assert counts.sum() == counts[allowed].sum()
+    assert stats.chisquare(counts[allowed]).pvalue > 1e-3
+    nothing, none = draw(jax.random.key(0), num_excluded=jnp.int32(10), excluded=jnp.arange(10, dtype=jnp.int32))
+    assert (np.asarray(nothing) == 10).all()
+    assert not np.asarray(none).any()
+
+
+def test_an_epoch_with_replacement_trains_a_table_of_the_catalogue():
+    split = make_split([[0, 1, 2], [1]], [[3], [3]], num_items=6)
+    clients = client_data(split, num_buckets=1)
+    place = int(np.flatnonzero(np.asarray(clients.buckets[0].client_id) == 0)[0])
+    client = jax.tree.map(lambda x: jnp.asarray(x[place]), clients.buckets[0])
+    epoch = draw_epoch(client, Negatives(4, replacement=True), 2, jax.random.key(0))
+    np.testing.assert_array_equal(epoch.row_ids, np.arange(6))
+    np.testing.assert_array_equal(epoch.slots, epoch.examples.ids)
+    ids = np.asarray(epoch.examples.ids).reshape(-1, 5)
+    real = ids[:, 0] < 6
+    assert sorted(ids[real, 0]) == [0, 1, 2]
+    assert np.isin(ids[real, 1:], [3, 4, 5]).all()
+    assert (ids[~real] == 6).all()
+    with pytest.raises(ValueError, match="with replacement are uniform"):
+        draw_epoch(client, Negatives(4, "popularity", jnp.ones(6), replacement=True), 2, jax.random.key(0))

@@ -1,4 +1,4 @@
-"""The command line: `fedjax-rec train | evaluate | epsilon | data`."""
+"""The command line: `fedjax-rec train | evaluate | epsilon | data | audit`."""
 
 import errno
 import logging
@@ -10,6 +10,7 @@ from typing import Annotated
 
 import tyro
 
+from fedjax_rec.cli.audit import AuditConfig
 from fedjax_rec.cli.data import DataConfig
 from fedjax_rec.cli.epsilon import EpsilonConfig
 from fedjax_rec.cli.evaluate import EvaluateConfig
@@ -71,6 +72,7 @@ def _parse(args: list[str]):
         | Annotated[EvaluateConfig, tyro.conf.subcommand("evaluate")]
         | Annotated[EpsilonConfig, tyro.conf.subcommand("epsilon")]
         | Annotated[DataConfig, tyro.conf.subcommand("data")]
+        | Annotated[AuditConfig, tyro.conf.subcommand("audit")]
     )
     return tyro.cli(
         verbs, args=args, prog="fedjax-rec", description=DESCRIPTION, config=(tyro.conf.OmitSubcommandPrefixes,)
@@ -113,6 +115,8 @@ def _run(config) -> int:
         _set_up_jax(config)
         if isinstance(config, EvaluateConfig):
             from fedjax_rec.cli.evaluate import run
+        elif isinstance(config, AuditConfig):
+            from fedjax_rec.cli.audit import run
         else:
             from fedjax_rec.cli.train import run
     return run(config)

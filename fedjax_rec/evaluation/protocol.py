@@ -105,5 +105,7 @@ STRICT_FULL = dataclasses.replace(STRICT_99, name="strict_full", num_negatives=N
 PAPER_FULL = dataclasses.replace(PFEDREC_PAPER, name="paper_full", num_negatives=None)
 """PFedRec's training negatives, the whole catalogue ranked."""
 
-PRESETS = {protocol.name: protocol for protocol in (PFEDREC_PAPER, FEDRAP_PAPER, NCF, STRICT_99, STRICT_FULL, PAPER_FULL)}
+PRESETS = {
+    protocol.name: protocol for protocol in (PFEDREC_PAPER, FEDRAP_PAPER, NCF, STRICT_99, STRICT_FULL, PAPER_FULL)
+}
 """The protocols of papers, and the same without the leak, by name."""

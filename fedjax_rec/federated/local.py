@@ -24,7 +24,6 @@ from fedjax_rec.data.negatives import (
 from fedjax_rec.federated.rows import Rows, add_rows, take_rows
 from fedjax_rec.models.base import Examples, Model, Shared, View
 
-
 GROUPS = ("rows", "dense", "private")
 ONE_PHASE = (GROUPS,)
 
