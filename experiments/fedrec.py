@@ -1,6 +1,6 @@
 """FedRec's table on MovieLens 100K: rating errors of federated PMF and SVD++, with and without virtual ratings.
 
-About two minutes a batch row on two busy CPU cores, eight a stochastic one, half an hour with hybrid filling on top.
+One to two minutes a row on two busy CPU cores; FSVD++ with hybrid filling is some half an hour a row.
 """
 
 import hashlib

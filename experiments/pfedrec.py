@@ -14,6 +14,7 @@ from experiments.harness import Options, Published, Row, Study
 from experiments.harness import main as run_study
 from experiments.ranked import Build, ml_100k, reference, train_and_rank
 from fedjax_rec.algorithms.fedavg import fedavg
+from fedjax_rec.algorithms.fedncf import fedncf
 from fedjax_rec.algorithms.pfedrec import personal_scorer, pfedrec
 from fedjax_rec.data import Interactions
 from fedjax_rec.data.negatives import Negatives
@@ -21,6 +22,7 @@ from fedjax_rec.evaluation import cases
 from fedjax_rec.evaluation.protocol import PAPER_FULL, PFEDREC_PAPER, STRICT_99, STRICT_FULL
 from fedjax_rec.models.ease import ease_scorer
 from fedjax_rec.models.matrix_factorization import matrix_factorization
+from fedjax_rec.models.neural_cf import mlp
 from fedjax_rec.models.popularity import popularity_scorer
 
 COLUMNS = {
@@ -53,6 +55,12 @@ def build_fedmf(interactions: Interactions):
         {"rows": "shared", "dense": "shared", "private": "private"},
     )
     return fedavg(model, client_optimizer=optimizer, batch_size=51, negatives=NEGATIVES), model
+
+
+def build_fedncf(interactions: Interactions):
+    """A multi-layer perceptron over private user vectors and an averaged item table."""
+    model = mlp(interactions.num_items)
+    return fedncf(model, num_items=interactions.num_items, negatives=NEGATIVES), model
 
 
 def trained(build: Build, num_rounds: int, seed: int, options: Options) -> dict:
@@ -115,6 +123,7 @@ STUDY = Study(
         Row("popularity", partial(trained_once, popularity_scorer)),
         Row("EASE, centralised", partial(trained_once, partial(ease_scorer, l2=300.0))),
         Row("FedMF", partial(trained, build_fedmf, 100), published(66.2, 38.7)),
+        Row("FedNCF", partial(trained, build_fedncf, 60), published(60.6, 33.9)),
         Row("PFedRec", partial(trained, build_pfedrec, 100), published(71.0, 43.9, (1.5, 1.2), "digest")),
     ),
     metrics=METRICS,

@@ -114,12 +114,16 @@ def test_a_request_that_cannot_be_met_is_a_sentence(split, changes, words):
 
 @pytest.mark.parametrize("exclusion", REFERENCE)
 def test_movielens_by_the_published_split(data_dir, exclusion):
-    """Another program's figures, each with one draw of 99 negatives: two standard deviations of hit are .025."""
+    """Another program's figures, each with one draw of 99 negatives, which moves hit by .011 (one standard deviation).
+
+    At round 20 under paper it is .023 off; other simulations of the same rule agree with this one there.
+    """
     order = load_file(data_dir / "ml-100k" / "pfedrec_order.csv", format="triplets", separator=",")
     split = leave_one_out(order, tie_rule="file_first")
     found = audit_protocol(split, exclusion=exclusion, rounds=REFERENCE[exclusion])
     for num_rounds, (hit, ndcg) in REFERENCE[exclusion].items():
-        assert found[num_rounds]["hit@10/99neg"] == pytest.approx(hit, abs=0.025)
+        within = 0.025 if (exclusion, num_rounds) == ("paper", 20) else 0.02
+        assert found[num_rounds]["hit@10/99neg"] == pytest.approx(hit, abs=within)
         assert found[num_rounds]["ndcg@10/99neg"] == pytest.approx(ndcg, abs=0.02)
 
 

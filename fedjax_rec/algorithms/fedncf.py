@@ -15,8 +15,8 @@ Perifanis and Efraimidis, 2022, "Federated Neural Collaborative Filtering" (Know
 Differs from the paper: clients take plain gradient steps, with learning rates found by trial on MovieLens 100K (an
 optimizer's moments of item rows would have to stay with each client). A row of Q is moved by the few clients that touch
 it and would stand still under a mean over all of them, so the server steps Q by ``num_items * item_lr_factor`` times
-the mean: linear in the updates, where a mean over the touching clients would need their counts. The same factor as a
-learning rate of the clients, as in PFedRec, diverges with two local epochs: clients then meet their own large steps.
+the mean: linear in the updates, where a mean over the touching clients would need their counts. Such a factor in the
+clients' learning rate, as in PFedRec, diverged with two local epochs: clients then meet their own large steps.
 Negatives of a round are distinct; a batch holds positives with their own negatives.
 """
 
@@ -36,8 +36,8 @@ def fedncf(
     *,
     num_items: int,
     lr: float = 10.0,
-    tower_lr: float = 1.0,
-    item_lr_factor: float = 0.8,
+    tower_lr: float = 0.3,
+    item_lr_factor: float = 0.2,
     batch_size: int = 51,
     local_epochs: int = 2,
     negatives: Negatives | None = None,
@@ -51,7 +51,7 @@ def fedncf(
       lr: of the user vectors and of the item rows on the client.
       tower_lr: of the dense parameters on the client.
       item_lr_factor: the server's step on item tables is ``num_items * item_lr_factor`` times the mean update; on dense
-        parameters it is 1.
+        parameters it is 1. Not much larger: with 0.8 and a ``tower_lr`` of 1, GMF and NeuMF diverged.
       batch_size: interactions a step; with four negatives each, 51 make the usual 256 examples.
       local_epochs: passes over the client's examples of a round.
       negatives: four, uniform, by default.
