@@ -67,7 +67,8 @@ def test_programs_alternate_within_every_turn():
 def test_peers_prove_their_work_in_the_first_turn_only():
     _, seen = measured()
     programs = [arguments for arguments in seen if "peer_programs" in arguments[2]]
-    assert ["--check" in arguments for arguments in programs] == [True] * 6 + [False] * 6
+    a_turn = 2 * sum("peer_programs" in contestant.module for contestant in CONTESTANTS)
+    assert ["--check" in arguments for arguments in programs] == [True] * a_turn + [False] * a_turn
 
 
 def test_our_command_keeps_to_its_contract():
@@ -150,13 +151,20 @@ def test_files_are_complete_small_and_the_same_for_the_same_results(tmp_path):
 def test_only_json_lines_are_kept_from_what_a_program_prints():
     said = []
     code = "print('Metrics'); print('{\"round\": 0, \"seconds\": 0.5, \"warmup\": true}'); print('  done {}')"
-    assert run([sys.executable, "-c", code], say=said.append) == [{"round": 0, "seconds": 0.5, "warmup": True}]
+    rows = run([sys.executable, "-c", code], environ={}, say=said.append)
+    assert rows == [{"round": 0, "seconds": 0.5, "warmup": True}]
     assert said == ["    round 0: 0.500 s (warm-up)"]
+
+
+def test_a_program_sees_its_environment_variables_and_ours(monkeypatch):
+    monkeypatch.setenv("OURS", "kept")
+    code = "import json, os; print(json.dumps({'round': os.environ['OURS'] + os.environ['NPROC']}))"
+    assert run([sys.executable, "-c", code], environ={"NPROC": "1"}, say=lambda words: None) == [{"round": "kept1"}]
 
 
 def test_a_program_that_ends_badly_is_quoted():
     with pytest.raises(ProgramFailedError, match="ended with 1: ValueError: too small"):
-        run([sys.executable, "-c", "raise ValueError('too small')"], say=quiet)
+        run([sys.executable, "-c", "raise ValueError('too small')"], environ={}, say=quiet)
 
 
 def test_a_failed_installation_says_what_to_do_and_is_tried_again(tmp_path, monkeypatch):
@@ -203,7 +211,7 @@ def test_the_plain_loop_computes_the_reference_round(tmp_path):
     line = command(
         BY_NAME["naive"], tmp_path / "u.data", python=Path(sys.executable), items=150, rounds=3, warmup=2, check=True
     )
-    rows = run(line, say=quiet)
+    rows = run(line, environ={}, say=quiet)
     timed = [row for row in rows if "seconds" in row]
     assert [(row["round"], row["warmup"], row["clients"], row["items"]) for row in timed] == [
         (0, True, 6, 150),

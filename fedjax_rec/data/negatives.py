@@ -76,12 +76,15 @@ class Negatives(NamedTuple):
       replacement: True lets each positive draw on its own, so that an item may come up again in a client's epoch, as in
         most published code. It tells a client less about its unseen items, and local training then needs a table of
         the whole catalogue. Uniform only.
+      mixed: True shuffles positives and negatives of an epoch together, so that a batch holds some of both by chance,
+        as in most published code; columns then mean nothing, so this is not for BPR.
     """
 
     num_per_positive: int = 4
     distribution: str = "uniform"
     item_cdf: jax.Array | None = None
     replacement: bool = False
+    mixed: bool = False
 
 
 def popularity_cdf(item_counts: jax.Array, *, exponent: float = 0.75) -> jax.Array:

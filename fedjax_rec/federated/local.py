@@ -79,6 +79,7 @@ def draw_epoch(client: Client, negatives: Negatives | None, batch_size: int | No
     steps = -(-capacity // rows)
     position = jnp.arange(steps * rows, dtype=jnp.int32)
     real = position < client.length
+    mix_key = jax.random.fold_in(key, 2)
     order_key, negative_key = jax.random.split(key)
     slots = None
     if client.slots is not None:
@@ -96,10 +97,21 @@ def draw_epoch(client: Client, negatives: Negatives | None, batch_size: int | No
     if slots is None and negatives is not None and negatives.num_per_positive:
         drawn = _draw_negatives(client, negatives, position, negative_key)
         examples = jax.tree.map(lambda a, b: jnp.concatenate([a, b], 1), examples, drawn)
+        if negatives.mixed:
+            examples = _mixed(examples, client, mix_key)
     examples = jax.tree.map(lambda x: x.reshape(steps, rows, *x.shape[1:]), examples)
     if slots is None and negatives is not None and negatives.replacement:
         return Epoch(examples, examples.ids, jnp.arange(client.num_items, dtype=jnp.int32))
     return Epoch(examples, slots, client.row_ids)
+
+
+def _mixed(examples: Examples, client: Client, key: jax.Array) -> Examples:
+    """The same examples in one chance order over all columns, padding still last."""
+    shape = examples.ids.shape
+    position = jnp.arange(examples.ids.size, dtype=jnp.int32)
+    num_real = client.length * shape[1]
+    source = jnp.where(position < num_real, permute(key, position, num_real), position)
+    return jax.tree.map(lambda x: x.reshape(-1)[source].reshape(shape), examples)
 
 
 def _draw_negatives(client: Client, negatives: Negatives, position: jax.Array, key: jax.Array) -> Examples:
