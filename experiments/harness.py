@@ -58,7 +58,8 @@ class Row:
     Attributes:
       name: names the row on the command line and in the results.
       run: `(seed, options) -> {"values": {metric: number}, "protocols": {metric: fingerprint}, ...}`; a metric's
-        fingerprint covers data, split and rules (`Protocol.fingerprint`), and what else it returns is kept in the line.
+        fingerprint covers data, split and rules (`Protocol.fingerprint`). Runs of other "settings" (a string) do not
+        count together. What else it returns is kept in the line.
       published: by metric.
       note: why a row is not expected to agree, where that is known; such a row is shown and never fails the run.
     """
@@ -147,9 +148,9 @@ def read_lines(name: str) -> list[dict[str, Any]]:
 
 
 def newest(lines: Sequence[dict[str, Any]], row: str) -> list[dict[str, Any]]:
-    """The runs of a row that count: of its newest protocols, the last one of each seed."""
+    """The runs of a row that count: of its newest protocols and settings, the last one of each seed."""
     mine = [line for line in lines if line["row"] == row]
-    same = [line for line in mine if line["protocols"] == mine[-1]["protocols"]]
+    same = [line for line in mine if all(line.get(key) == mine[-1].get(key) for key in ("protocols", "settings"))]
     return list({line["seed"]: line for line in same}.values())
 
 

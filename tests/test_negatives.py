@@ -279,3 +279,19 @@ def test_an_epoch_with_replacement_trains_a_table_of_the_catalogue():
     assert (ids[~real] == 6).all()
     with pytest.raises(ValueError, match="with replacement are uniform"):
         draw_epoch(client, Negatives(4, "popularity", jnp.ones(6), replacement=True), 2, jax.random.key(0))
+
+
+@pytest.mark.parametrize("replacement", [False, True])
+def test_mixing_keeps_every_example_and_pads_at_the_end(replacement):
+    split = make_split([[0, 1, 2], [1]], [[3], [3]], num_items=40)
+    clients = client_data(split, num_buckets=1)
+    place = int(np.flatnonzero(np.asarray(clients.buckets[0].client_id) == 0)[0])
+    client = jax.tree.map(lambda x: jnp.asarray(x[place]), clients.buckets[0])
+    plain, mixed = (
+        draw_epoch(client, Negatives(4, replacement=replacement, mixed=mixed), 2, jax.random.key(5)).examples
+        for mixed in (False, True)
+    )
+    pairs = [sorted(zip(*(np.asarray(x).ravel().tolist() for x in epoch), strict=True)) for epoch in (plain, mixed)]
+    assert pairs[0] == pairs[1]
+    assert (np.asarray(mixed.weights).ravel() == (np.arange(mixed.weights.size) < 15)).all()
+    assert (np.asarray(mixed.labels)[..., 1:] > 0).any()  # a positive left its column
