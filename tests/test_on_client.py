@@ -16,8 +16,9 @@ from fedjax_rec.evaluation.on_client import evaluate_on_clients, question, ranke
 from fedjax_rec.federated.cohort import fixed_size, full_participation
 from fedjax_rec.federated.local import check_client_optimizer
 from fedjax_rec.federated.round import RoundKeys, make_rounds
-from fedjax_rec.federated.transforms import chain
+from fedjax_rec.federated.transforms import UpdateTransform, chain
 from fedjax_rec.models.matrix_factorization import matrix_factorization
+from fedjax_rec.privacy.mechanisms import clip_by_global_norm, gaussian_noise
 
 NUM_USERS, NUM_ITEMS = 12, 16
 KEYS = RoundKeys(*(jax.random.key(i) for i in (1, 2, 3)))
@@ -185,3 +186,25 @@ def test_phases_are_checked():
     check_client_optimizer(momentum, model)
     with pytest.raises(ValueError, match="step the client optimizer's state several times"):
         check_client_optimizer(momentum, model, PERSONAL_FIRST)
+
+
+@pytest.mark.parametrize("negatives", [Negatives(2), Negatives(2, replacement=True, mixed=True)])
+def test_one_user_moves_the_sum_by_the_clip_norm_at_most(negatives):
+    """The real round with and without user 3, its chain that of `user_level_dp` with a probe before the noise."""
+    clip = 0.01
+    probe = UpdateTransform(
+        init=lambda params: jax.tree.map(jnp.zeros_like, params), server=lambda total, *_: (total, total)
+    )
+    split = checkerboard()
+    algorithm, _ = small_pfedrec(negatives=negatives)
+    links = chain(clip_by_global_norm(clip), gaussian_noise(clip), probe)
+    sums = []
+    for present in (True, False):
+        who = full_participation(NUM_USERS)
+        sampler = who._replace(draw=lambda key: jnp.arange(NUM_USERS) != (-1 if present else 3))  # noqa: B023
+        rounds = make_rounds(algorithm, links, sampler, client_data(split, num_buckets=1), span_size=1)
+        state, _, _ = rounds.run(*rounds.init(jax.random.key(0)), KEYS)
+        sums.append(state.transforms[-1])
+    leaves = zip(*map(jax.tree.leaves, sums), strict=True)
+    moved = np.sqrt(sum(np.sum((np.asarray(a) - np.asarray(b)) ** 2) for a, b in leaves))
+    assert 0.99 * clip < moved <= clip * (1 + 1e-5)

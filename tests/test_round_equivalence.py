@@ -263,6 +263,7 @@ from test_round_equivalence import compare_devices
 assert len(jax.devices()) == 4
 compare_devices(num_items=17)
 compare_devices(num_items=20)
+compare_devices(num_items=24_000)  # a table whose noise is drawn in pieces
 print("devices agree")
 """
 

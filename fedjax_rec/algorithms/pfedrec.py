@@ -11,8 +11,9 @@ theta_k and its own tuned copy of V (see `evaluation.on_client`).
 
 Zhang et al., 2023, "Dual Personalization on Federated Recommendation" (IJCAI).
 
-Differs from the paper: negatives of a round are distinct; a batch holds positives with their own negatives, where the
-paper shuffles both together; private parameters of clients outside a cohort stay as they are.
+Differs from the paper: by default negatives of a round are distinct and a batch holds positives with their own;
+``Negatives(4, replacement=True, mixed=True)`` draws and shuffles as the authors' code does, but for the rare positive
+that gets one item twice. Private parameters of clients outside a cohort stay as they are.
 """
 
 import jax
