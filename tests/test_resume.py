@@ -247,7 +247,8 @@ def test_no_checkpoint_no_keys(tmp_path):
 
 # Through the command line: the whole run directory, result.json included.
 
-SLOW_RUN = ("--rounds", "16", "--eval-every", "1", "--epsilon", "8", "--cohort-size", "20", "--select", "best")
+SLOW_ROUNDS = 30
+SLOW_RUN = ("--rounds", str(SLOW_ROUNDS), "--eval-every", "1", "--epsilon", "8", "--cohort-size", "20", "--select", "best")
 
 
 @pytest.fixture(scope="module")
@@ -268,24 +269,34 @@ def same_run(first: Path, second: Path) -> bool:
 
 
 def test_sigkill_at_any_moment_several_times_in_a_row(dataset, whole_run, tmp_path):
-    """A span of one round takes milliseconds here and its checkpoints 0.3 s, so most kills fall into a save."""
+    """A span of one round takes milliseconds here and its checkpoints far longer, so most kills fall into a save.
+
+    When to kill is a part of the time between two lines of the metrics, as this machine takes it: a number of
+    seconds would be a round on one machine and the rest of the run on another.
+    """
     folder = tmp_path / "run"
     command = [sys.executable, "-c", "from fedjax_rec.cli.main import entry; entry()"]
     args, lines = flags(dataset, folder, *SLOW_RUN), 0
-    for delay in (0.05, 0.19, 0.33):
+    for part in (0.1, 0.5, 0.9):
         child = subprocess.Popen([*command, *args], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-        while child.poll() is None and count_lines(folder) <= lines + 1:
-            time.sleep(0.005)
-        time.sleep(delay)
+        wait_for_lines(child, folder, lines + 1)
+        first = time.monotonic()
+        wait_for_lines(child, folder, lines + 2)
+        time.sleep(part * (time.monotonic() - first))
         child.kill()
         _, said = child.communicate()
         assert child.returncode == -signal.SIGKILL, said
         lines = count_lines(folder)
         args = ["train", "--resume", "--out", str(folder)]
-    assert lines < 16
+    assert lines < SLOW_ROUNDS
     assert not (folder / directory.RESULT).exists()
     assert main(args) == 0
     assert same_run(folder, whole_run)
+
+
+def wait_for_lines(child: subprocess.Popen, folder: Path, lines: int) -> None:
+    while child.poll() is None and count_lines(folder) < lines:
+        time.sleep(0.002)
 
 
 def count_lines(folder: Path) -> int:
