@@ -10,12 +10,24 @@ from fedjax_rec.data.clients import ClientData, client_data, client_data_from_ex
 from fedjax_rec.data.negatives import Negatives
 
 # isort: split
-# Models and methods.
+# Methods, one line a file.
 from fedjax_rec.algorithms.fedavg import fedavg, fedsgd
+from fedjax_rec.algorithms.fedncf import fedncf
+from fedjax_rec.algorithms.fednova import fednova
+from fedjax_rec.algorithms.fedprox import fedprox
+from fedjax_rec.algorithms.fedrap import additive_scorer, fedrap
+from fedjax_rec.algorithms.fedrec import fedrec
+from fedjax_rec.algorithms.local_only import local_only
+from fedjax_rec.algorithms.pfedrec import personal_scorer, pfedrec
+from fedjax_rec.algorithms.scaffold import scaffold
 from fedjax_rec.algorithms.silo_dpsgd import silo_dpsgd
+
+# isort: split
+# Models, and what a method is made of.
 from fedjax_rec.federated.algorithm import Algorithm, ClientOutput, ServerState
 from fedjax_rec.models.base import Examples, Model, Shared, View
 from fedjax_rec.models.matrix_factorization import matrix_factorization
+from fedjax_rec.models.neural_cf import gmf, mlp, neumf
 
 # isort: split
 # Rounds: cohort, chain of update transforms, compiled training.
@@ -34,50 +46,3 @@ from fedjax_rec.privacy.mechanisms import clip_by_global_norm, gaussian_noise, u
 from fedjax_rec.evaluation import Evaluation, cases, client_scorer, evaluate, expect_sampled
 
 __version__ = "0.1.0"
-
-__all__ = [
-    "Algorithm",
-    "Budget",
-    "ClientData",
-    "ClientOutput",
-    "Evaluation",
-    "Examples",
-    "Interactions",
-    "Ledger",
-    "Model",
-    "Negatives",
-    "RoundKeys",
-    "Rounds",
-    "Rows",
-    "Sampler",
-    "ServerState",
-    "Shared",
-    "Split",
-    "UpdateTransform",
-    "View",
-    "calibrate_noise_multiplier",
-    "cases",
-    "chain",
-    "client_data",
-    "client_data_from_examples",
-    "client_scorer",
-    "clip_by_global_norm",
-    "epsilon_curve",
-    "evaluate",
-    "expect_sampled",
-    "fedavg",
-    "fedsgd",
-    "fixed_size",
-    "full_participation",
-    "gaussian_noise",
-    "leave_one_out",
-    "load",
-    "make_rounds",
-    "matrix_factorization",
-    "poisson",
-    "privacy_spent",
-    "ratio_split",
-    "silo_dpsgd",
-    "strong_generalization",
-    "user_level_dp",
-]

@@ -15,7 +15,7 @@ from fedjax_rec.federated.round import RoundKeys, make_rounds
 from fedjax_rec.federated.transforms import chain
 from fedjax_rec.models.matrix_factorization import matrix_factorization
 
-# A new algorithm joins the contract by one line here: (model, server optimizer, negatives) -> Algorithm.
+# The two that every loss and server optimizer is tried with; all methods meet the checkerboard in test_contract.py.
 ALGORITHMS = {
     "fedavg": lambda model, server_optimizer, negatives: fedavg(
         model,

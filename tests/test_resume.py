@@ -248,7 +248,18 @@ def test_no_checkpoint_no_keys(tmp_path):
 # Through the command line: the whole run directory, result.json included.
 
 SLOW_ROUNDS = 30
-SLOW_RUN = ("--rounds", str(SLOW_ROUNDS), "--eval-every", "1", "--epsilon", "8", "--cohort-size", "20", "--select", "best")
+SLOW_RUN = (
+    "--rounds",
+    f"{SLOW_ROUNDS}",
+    "--eval-every",
+    "1",
+    "--epsilon",
+    "8",
+    "--cohort-size",
+    "20",
+    "--select",
+    "best",
+)
 
 
 @pytest.fixture(scope="module")

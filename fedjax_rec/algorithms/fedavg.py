@@ -25,6 +25,11 @@ from fedjax_rec.federated.algorithm import Algorithm, ClientOutput, ServerState
 from fedjax_rec.federated.transforms import scale_update
 from fedjax_rec.models.base import Model, Shared
 
+NO_PUBLIC_WEIGHTS = (
+    "Weights by number of examples have no public bound, so the divisor would reveal data. Set max_examples, or weigh "
+    "uniformly."
+)
+
 
 def fedavg(
     model: Model,
@@ -99,7 +104,7 @@ def fedavg(
         client_update=client_update,
         num_steps=lambda client: local.num_batches(client, batch_size),
         server_update=server_update,
-        unbounded_weights=weigh_by_examples and max_examples is None,
+        no_dp=NO_PUBLIC_WEIGHTS if weigh_by_examples and max_examples is None else "",
     )
 
 

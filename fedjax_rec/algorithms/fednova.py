@@ -28,6 +28,8 @@ from fedjax_rec.federated.algorithm import Algorithm, ClientOutput, ServerState
 from fedjax_rec.federated.transforms import scale_update
 from fedjax_rec.models.base import Model, Shared
 
+NO_PUBLIC_STEPS = "A client's number of local steps has no public bound, and each client sends it. Set effective_steps."
+
 
 class Normalized(NamedTuple):
     """What a client sends if tau_eff is the cohort's.
@@ -124,5 +126,5 @@ def fednova(
         client_update=client_update,
         num_steps=lambda client: local.num_batches(client, batch_size),
         server_update=server_update,
-        unbounded_weights=effective_steps is None,
+        no_dp=NO_PUBLIC_STEPS if effective_steps is None else "",
     )

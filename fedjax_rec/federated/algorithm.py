@@ -53,7 +53,7 @@ class Algorithm(NamedTuple):
       server_update: ``(ServerState, aggregate) -> ServerState``; the aggregate is the transformed sum over the
         expected cohort size.
       individual: True if the server needs single uploads; then neither a secure sum nor central DP applies.
-      unbounded_weights: True if clients are weighted by a count without a public bound; refused with DP.
+      no_dp: a sentence that says why DP is refused and what to change, or nothing.
     """
 
     init: Callable[[jax.Array], ServerState]
@@ -62,7 +62,7 @@ class Algorithm(NamedTuple):
     num_steps: Callable[[Client], jax.Array]
     server_update: Callable[[ServerState, Any], ServerState]
     individual: bool = False
-    unbounded_weights: bool = False
+    no_dp: str = ""
 
 
 def client_key(key: jax.Array, client_id: jax.Array) -> jax.Array:

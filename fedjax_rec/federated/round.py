@@ -267,8 +267,5 @@ def _check(algorithm, dp_event, sampler, clients, mesh) -> None:
         raise ValueError(f"The clients are laid out for {clients.num_shards} devices and the mesh has {shards}.")
     if dp_event is not None and algorithm.individual:
         raise ValueError("This algorithm looks at single uploads; central DP covers only their noised sum.")
-    if dp_event is not None and algorithm.unbounded_weights:
-        raise ValueError(
-            "Weights by number of examples have no public bound, so the divisor would reveal data. "
-            "Set max_examples, or weigh uniformly."
-        )
+    if dp_event is not None and algorithm.no_dp:
+        raise ValueError(f"DP is refused. {algorithm.no_dp}")
