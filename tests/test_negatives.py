@@ -281,17 +281,46 @@ def test_an_epoch_with_replacement_trains_a_table_of_the_catalogue():
         draw_epoch(client, Negatives(4, "popularity", jnp.ones(6), replacement=True), 2, jax.random.key(0))
 
 
-@pytest.mark.parametrize("replacement", [False, True])
-def test_mixing_keeps_every_example_and_pads_at_the_end(replacement):
-    split = make_split([[0, 1, 2], [1]], [[3], [3]], num_items=40)
-    clients = client_data(split, num_buckets=1)
+def three_positives(num_items=40):
+    """A client with items 0, 1 and 2, laid out with a shorter one."""
+    clients = client_data(make_split([[0, 1, 2], [1]], [[3], [3]], num_items=num_items), num_buckets=1)
     place = int(np.flatnonzero(np.asarray(clients.buckets[0].client_id) == 0)[0])
-    client = jax.tree.map(lambda x: jnp.asarray(x[place]), clients.buckets[0])
+    return jax.tree.map(lambda x: jnp.asarray(x[place]), clients.buckets[0])
+
+
+def test_mixing_keeps_every_example_and_pads_at_the_end():
     plain, mixed = (
-        draw_epoch(client, Negatives(4, replacement=replacement, mixed=mixed), 2, jax.random.key(5)).examples
+        draw_epoch(three_positives(), Negatives(4, mixed=mixed), 2, jax.random.key(5)).examples
         for mixed in (False, True)
     )
     pairs = [sorted(zip(*(np.asarray(x).ravel().tolist() for x in epoch), strict=True)) for epoch in (plain, mixed)]
     assert pairs[0] == pairs[1]
     assert (np.asarray(mixed.weights).ravel() == (np.arange(mixed.weights.size) < 15)).all()
     assert (np.asarray(mixed.labels)[..., 1:] > 0).any()  # a positive left its column
+
+
+def test_positives_lie_anywhere_among_independent_negatives():
+    """Each of the client's own items once, at every place alike; the rest are allowed items, padding comes last."""
+    client, negatives = three_positives(), Negatives(4, replacement=True, mixed=True)
+    keys = jax.random.split(jax.random.key(0), 2000)
+    epochs = jax.vmap(lambda key: draw_epoch(client, negatives, 2, key).examples)(keys)
+    ids, labels, weights = (np.asarray(x).reshape(2000, -1) for x in epochs)
+    assert np.all(weights == (np.arange(20) < 15))
+    assert np.all(ids[:, 15:] == 40)
+    for item in range(3):
+        places = np.nonzero(ids == item)
+        assert np.array_equal(places[0], np.arange(2000))
+        assert np.all(labels[places] == 1)
+        assert stats.chisquare(np.bincount(places[1], minlength=15)[:15]).pvalue > 1e-3
+    drawn = ids[:, :15][labels[:, :15] == 0]
+    assert len(drawn) == 2000 * 12
+    assert stats.chisquare(np.bincount(drawn, minlength=40)[3:]).pvalue > 1e-3
+
+
+def test_a_draw_smaller_than_the_catalogue_has_a_row_for_each_item():
+    epoch = draw_epoch(three_positives(), Negatives(4, replacement=True), 2, jax.random.key(0))
+    ids, slots, row_ids = (np.asarray(x) for x in (epoch.examples.ids, epoch.slots, epoch.row_ids))
+    assert not epoch.whole
+    np.testing.assert_array_equal(row_ids[slots[ids < 40]], ids[ids < 40])
+    assert np.all(slots[ids == 40] == len(row_ids))
+    assert len(set(row_ids[row_ids < 40])) == np.sum(row_ids < 40) == len(set(ids[ids < 40]))

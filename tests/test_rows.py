@@ -12,12 +12,15 @@ from fedjax_rec.federated.rows import (
     Rows,
     add_rows,
     add_to_total,
+    add_update,
+    distinct_rows,
     is_rows,
     merge_duplicates,
     take_rows,
     to_dense,
     zero_total,
 )
+from fedjax_rec.federated.transforms import select_update
 from fedjax_rec.privacy.mechanisms import global_norm
 
 NUM_ROWS, DIM, CLIENTS = 6, 2, 3
@@ -153,3 +156,34 @@ def test_tiny_tables(num_rows):
     assert not np.any(out)
     merged = merge_duplicates(Rows(padding[0], jnp.ones((3, 1)), num_rows, unique=False))
     assert not np.any(merged.values)
+
+
+def test_distinct_rows_give_every_id_one_row():
+    """With repeats and padding, one client or several: each slot leads to a row of its id, and no id has two rows."""
+    rng = np.random.default_rng(0)
+    ids = rng.integers(0, 12, (5, 9)).astype(np.int32)  # 11 is padding
+    one = [distinct_rows(jnp.asarray(row), 11) for row in ids]
+    many = jax.vmap(lambda row: distinct_rows(row, 11))(jnp.asarray(ids))
+    for row, (row_ids, slots), both_ids, both_slots in zip(ids, one, *many, strict=True):
+        np.testing.assert_array_equal(row_ids, both_ids)
+        np.testing.assert_array_equal(slots, both_slots)
+        real = row < 11
+        np.testing.assert_array_equal(np.asarray(row_ids)[np.asarray(slots)[real]], row[real])
+        assert np.all(np.asarray(slots)[~real] == len(row))
+        kept = np.asarray(row_ids)[np.asarray(row_ids) < 11]
+        assert sorted(kept) == sorted(set(row[real]))
+
+
+def test_whole_tables_add_like_rows():
+    rng = np.random.default_rng(0)
+    values = jnp.asarray(rng.normal(size=(3, 6, 2)), jnp.float32)
+    ids = jnp.broadcast_to(jnp.arange(6), (3, 6))
+    total = jnp.asarray(rng.normal(size=(6, 2)), jnp.float32)
+    sums = [add_to_total(total, Rows(ids, values, 6, whole=whole)) for whole in (False, True)]
+    np.testing.assert_allclose(*sums, rtol=1e-6, atol=1e-6)
+    one = Rows(ids[0], values[0], 6, whole=True)
+    np.testing.assert_array_equal(add_update(total, one), add_rows(total, one.ids, one.values))
+    np.testing.assert_array_equal(add_update(total, values[0]), total + values[0])
+    kept = select_update(jnp.array(False), one)
+    assert not np.any(kept.values)
+    assert kept.whole

@@ -31,7 +31,7 @@ from fedjax_rec.algorithms.pfedrec import PERSONAL_FIRST
 from fedjax_rec.data.negatives import Negatives
 from fedjax_rec.federated import local
 from fedjax_rec.federated.algorithm import Algorithm, ClientOutput, ServerState
-from fedjax_rec.federated.rows import Rows, add_rows
+from fedjax_rec.federated.rows import Rows, add_update
 from fedjax_rec.models.base import Model, Shared
 
 MAX_PRIVATE_BYTES = 8 * 2**30
@@ -66,7 +66,7 @@ def check_private_bytes(num_clients: int, tables: dict[str, Any], max_private_by
 
 def add_to_tables(tables: dict[str, jax.Array], rows: dict[str, Rows]) -> dict[str, jax.Array]:
     """One client's private tables after training: its trained rows added to them."""
-    return {name: add_rows(table, rows[name].ids, rows[name].values) for name, table in tables.items()}
+    return {name: add_update(table, rows[name]) for name, table in tables.items()}
 
 
 def local_score(model: Model) -> Callable[[Shared, Any], jax.Array]:

@@ -74,8 +74,8 @@ class Negatives(NamedTuple):
       item_cdf: float32 ``[num_items]``, cumulative share of each item, ending at 1; only for ``"popularity"``. It is
         computed from all clients' data, so under DP it must come from a released histogram.
       replacement: True lets each positive draw on its own, so that an item may come up again in a client's epoch, as in
-        most published code. It tells a client less about its unseen items, and local training then needs a table of
-        the whole catalogue. Uniform only.
+        most published code. It tells a client less about its unseen items, and local training then gathers and
+        scatters rows a batch at a time, which is slower. Uniform only.
       mixed: True shuffles positives and negatives of an epoch together, so that a batch holds some of both by chance,
         as in most published code; columns then mean nothing, so this is not for BPR.
     """

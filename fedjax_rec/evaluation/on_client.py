@@ -17,8 +17,10 @@ from fedjax_rec.evaluation.heldout import Cases
 from fedjax_rec.evaluation.metrics import metric_names, user_metrics
 from fedjax_rec.evaluation.ranks import Ranks
 from fedjax_rec.federated.algorithm import Algorithm
-from fedjax_rec.federated.rows import add_rows, is_rows
+from fedjax_rec.federated.rows import add_update, is_rows
 from fedjax_rec.models.base import Shared
+
+_user_metrics = jax.jit(user_metrics, static_argnames=("ks", "ties"))
 
 
 class Question(NamedTuple):
@@ -53,11 +55,7 @@ def question(cases: Cases, *, num_clients: int) -> Question:
 
 def local_parameters(shared: Shared, update: Any) -> Shared:
     """What a client holds after training: the received parameters plus its update, tables written out whole."""
-
-    def add(change, received):
-        return add_rows(received, change.ids, change.values) if is_rows(change) else received + change
-
-    return jax.tree.map(add, update, shared, is_leaf=is_rows)
+    return jax.tree.map(lambda change, received: add_update(received, change), update, shared, is_leaf=is_rows)
 
 
 def ranked_on_clients(
@@ -91,10 +89,15 @@ def _answer(scores: jax.Array, ask: Question, client_id: jax.Array) -> jax.Array
     positive = ask.positive.at[client_id].get(mode="fill", fill_value=len(scores))
     masked = ask.masked.at[client_id].get(mode="fill", fill_value=len(scores))
     against = scores.at[positive].get(mode="clip")
-    rival = jnp.ones(len(scores), bool).at[masked].set(False, mode="drop").at[positive].set(False, mode="drop")
-    counts = jnp.stack([(rival & (scores > against)).sum(), (rival & (scores == against)).sum()])
-    has_nan = jnp.isnan(against) | (rival & jnp.isnan(scores)).any()
-    return jnp.where(has_nan, -2, counts).astype(jnp.int32)
+    real = masked < len(scores)
+    others = scores.at[masked].get(mode="clip")
+
+    def count(holds):
+        # Of all less of the masked: a gather of the few, where a mask over the catalogue would be a scatter.
+        return holds(scores).sum() - (real & holds(others)).sum()
+
+    better, equal, nans = (count(holds) for holds in (lambda x: x > against, lambda x: x == against, jnp.isnan))
+    return jnp.where(nans > 0, -2, jnp.stack([better, equal - 1])).astype(jnp.int32)
 
 
 def evaluate_on_clients(
@@ -126,7 +129,7 @@ def evaluate_on_clients(
         real=np.ones((cases.num_cases, 1), bool),
         num_candidates=(cases.num_items - np.diff(cases.seen_offsets)).astype(np.int32),
     )
-    values = np.asarray(user_metrics(jax.tree.map(jnp.asarray, counted), ks=ks, ties=ties))
+    values = np.asarray(_user_metrics(counted, ks=ks, ties=ties))
     per_user = {name: values[:, column] for column, name in enumerate(metric_names(ks))}
     return Evaluation(
         values={name: float(column.mean(dtype=np.float64)) for name, column in per_user.items()},

@@ -1,8 +1,8 @@
 """Local training of one client on the rows of the shared tables that it touches.
 
 Two layouts. If a client's items are distinct within the epoch, each example carries its own copy of its row and no
-scatter is needed. If items repeat, the client trains a compact table of its distinct rows (of all rows, if negatives
-are drawn with replacement), gathered and scattered a batch at a time.
+scatter is needed. If items repeat, the client trains a compact table of its distinct rows (or of all rows, if it may
+draw as many as there are), gathered and scattered a batch at a time.
 """
 
 from collections.abc import Callable, Sequence
@@ -21,7 +21,7 @@ from fedjax_rec.data.negatives import (
     popularity_negatives,
     uniform_negatives,
 )
-from fedjax_rec.federated.rows import Rows, add_rows, take_rows
+from fedjax_rec.federated.rows import Rows, add_rows, distinct_rows, take_rows
 from fedjax_rec.models.base import Examples, Model, Shared, View
 
 GROUPS = ("rows", "dense", "private")
@@ -35,11 +35,13 @@ class Epoch(NamedTuple):
       examples: `Examples` with leaves ``[steps, batch, 1 + negatives]``.
       slots: int32, same shape, places in ``row_ids``; None if ids are distinct.
       row_ids: int32 ``[S]`` or None.
+      whole: True if ``row_ids`` is the whole catalogue in order.
     """
 
     examples: Examples
     slots: jax.Array | None
     row_ids: jax.Array | None
+    whole: bool = False
 
 
 class Trained(NamedTuple):
@@ -75,34 +77,72 @@ def draw_epoch(client: Client, negatives: Negatives | None, batch_size: int | No
     Ready-made examples (with ``slots``) keep their order, and nothing is drawn.
     """
     rows = batch_rows(client, batch_size)
-    capacity = client.item_ids.shape[0]
-    steps = -(-capacity // rows)
-    position = jnp.arange(steps * rows, dtype=jnp.int32)
-    real = position < client.length
-    mix_key = jax.random.fold_in(key, 2)
+    steps = -(-client.item_ids.shape[0] // rows)
+    slots, row_ids, whole = None, client.row_ids, False
     order_key, negative_key = jax.random.split(key)
-    slots = None
     if client.slots is not None:
-
-        def padded(values, fill):
-            return jnp.pad(values, (0, steps * rows - capacity), constant_values=fill)
-
-        slots = padded(client.slots, client.row_ids.shape[0]).reshape(steps, rows, 1)
-        ids, labels = padded(client.item_ids, client.num_items), padded(client.labels, 0)
+        examples, slots = _given(client, steps * rows)
+    elif negatives is None or not negatives.num_per_positive:
+        examples = _own(client, steps * rows, order_key)
+    elif negatives.replacement and negatives.mixed:
+        examples = _own_among_negatives(client, negatives, steps * rows, order_key, negative_key)
     else:
-        place = jnp.where(real, permute(order_key, position, client.length), capacity)
-        ids = client.item_ids.at[place].get(mode="fill", fill_value=client.num_items)
-        labels = client.labels.at[place].get(mode="fill", fill_value=0)
-    examples = Examples(ids[:, None], labels[:, None], real.astype(jnp.float32)[:, None])
-    if slots is None and negatives is not None and negatives.num_per_positive:
-        drawn = _draw_negatives(client, negatives, position, negative_key)
-        examples = jax.tree.map(lambda a, b: jnp.concatenate([a, b], 1), examples, drawn)
+        own = _own(client, steps * rows, order_key)
+        drawn = _draw_negatives(client, negatives, steps * rows, negative_key)
+        examples = jax.tree.map(lambda a, b: jnp.concatenate([a, b], 1), own, drawn)
         if negatives.mixed:
-            examples = _mixed(examples, client, mix_key)
+            examples = _mixed(examples, client, jax.random.fold_in(key, 2))
     examples = jax.tree.map(lambda x: x.reshape(steps, rows, *x.shape[1:]), examples)
-    if slots is None and negatives is not None and negatives.replacement:
-        return Epoch(examples, examples.ids, jnp.arange(client.num_items, dtype=jnp.int32))
-    return Epoch(examples, slots, client.row_ids)
+    if slots is not None:
+        slots = slots.reshape(steps, rows, 1)
+    elif negatives is not None and negatives.num_per_positive and negatives.replacement:
+        if examples.ids.size < client.num_items:
+            row_ids, slots = distinct_rows(examples.ids.reshape(-1), client.num_items)
+            slots = slots.reshape(examples.ids.shape)
+        else:
+            slots, row_ids, whole = examples.ids, jnp.arange(client.num_items, dtype=jnp.int32), True
+    return Epoch(examples, slots, row_ids, whole)
+
+
+def _given(client: Client, num: int) -> tuple[Examples, jax.Array]:
+    """The client's examples in their order, ``[num, 1]``, and their places in ``row_ids``, ``[num]``."""
+
+    def padded(values, fill):
+        return jnp.pad(values, (0, num - len(values)), constant_values=fill)
+
+    real = (jnp.arange(num) < client.length).astype(jnp.float32)
+    examples = Examples(padded(client.item_ids, client.num_items), padded(client.labels, 0), real)
+    return jax.tree.map(lambda x: x[:, None], examples), padded(client.slots, client.row_ids.shape[0])
+
+
+def _own(client: Client, num: int, key: jax.Array) -> Examples:
+    """The client's own examples in some order, ``[num, 1]``."""
+    capacity = client.item_ids.shape[0]
+    position = jnp.arange(num, dtype=jnp.int32)
+    real = position < client.length
+    place = jnp.where(real, permute(key, position, client.length), capacity)
+    ids = client.item_ids.at[place].get(mode="fill", fill_value=client.num_items)
+    labels = client.labels.at[place].get(mode="fill", fill_value=0)
+    return Examples(ids[:, None], labels[:, None], real.astype(jnp.float32)[:, None])
+
+
+def _own_among_negatives(
+    client: Client, negatives: Negatives, num: int, order_key: jax.Array, negative_key: jax.Array
+) -> Examples:
+    """Independent negatives, ``[num, 1 + negatives]``, with the client's own examples put in at places by chance.
+
+    The order of independent draws says nothing, so only the places of the client's own need a permutation.
+    """
+    _check_uniform(negatives)
+    columns = 1 + negatives.num_per_positive
+    num_real = client.length * columns
+    ids, weights = _draw(independent_negatives, client, num * columns, num_real, negative_key)
+    position = jnp.arange(client.item_ids.shape[0], dtype=jnp.int32)
+    place = jnp.where(position < client.length, permute(order_key, position, num_real), num * columns)
+    ids = ids.at[place].set(client.item_ids, mode="drop")
+    labels = jnp.zeros_like(weights).at[place].set(client.labels, mode="drop")
+    weights = weights.at[place].set(1.0, mode="drop")
+    return jax.tree.map(lambda x: x.reshape(num, columns), Examples(ids, labels, weights))
 
 
 def _mixed(examples: Examples, client: Client, key: jax.Array) -> Examples:
@@ -114,22 +154,27 @@ def _mixed(examples: Examples, client: Client, key: jax.Array) -> Examples:
     return jax.tree.map(lambda x: x.reshape(-1)[source].reshape(shape), examples)
 
 
-def _draw_negatives(client: Client, negatives: Negatives, position: jax.Array, key: jax.Array) -> Examples:
-    per_positive = negatives.num_per_positive
-    num = len(position) * per_positive
-    wanted = client.length * per_positive
-    if negatives.replacement and negatives.distribution != "uniform":
+def _check_uniform(negatives: Negatives) -> None:
+    if negatives.distribution != "uniform":
         raise ValueError("Negatives with replacement are uniform; popularity sampling has none.")
+
+
+def _draw(draw: Callable, client: Client, num: int, wanted: jax.Array, key: jax.Array) -> tuple[jax.Array, jax.Array]:
+    excluded = {"excluded": client.excluded, "num_excluded": client.num_excluded}
+    return draw(key, num=num, wanted=wanted, num_items=client.num_items, **excluded)
+
+
+def _draw_negatives(client: Client, negatives: Negatives, num_positives: int, key: jax.Array) -> Examples:
+    """Negatives of each positive, ``[num_positives, negatives]``."""
+    per_positive = negatives.num_per_positive
+    position = jnp.arange(num_positives, dtype=jnp.int32)
+    num = num_positives * per_positive
+    wanted = client.length * per_positive
+    if negatives.replacement:
+        _check_uniform(negatives)
     if negatives.distribution == "uniform":
         draw = independent_negatives if negatives.replacement else uniform_negatives
-        ids, weights = draw(
-            key,
-            num=num,
-            wanted=wanted,
-            excluded=client.excluded,
-            num_excluded=client.num_excluded,
-            num_items=client.num_items,
-        )
+        ids, weights = _draw(draw, client, num, wanted, key)
     else:
         ids, weights = popularity_negatives(
             key, num=num, wanted=wanted, excluded=client.excluded, item_cdf=negatives.item_cdf
@@ -187,7 +232,7 @@ def train(
         raise ValueError("extra_gradient needs one phase: it is the gradient of a term on rows and dense leaves both.")
     compact = epoch.slots is not None
     ids = row_ids(epoch)
-    received = {name: take_rows(table, ids) for name, table in shared.tables.items()}
+    received = shared.tables if epoch.whole else {name: take_rows(t, ids) for name, t in shared.tables.items()}
     first = {name: table[0] if not compact else take_rows(table, epoch.slots[0]) for name, table in received.items()}
     has_examples = jnp.any(epoch.examples.weights > 0, axis=(1, 2))
     opt_state = optimizer.init({"rows": first, "dense": shared.dense, "private": private})
@@ -261,9 +306,9 @@ def train(
         change = (table - received[name]).reshape(-1, table.shape[-1])
         num_rows = shared.tables[name].shape[0]
         # No slot leads to a compact table's padding, but a copy that rides along or an extra gradient may move it.
-        if not compact or extra_gradient is not None:
+        if not compact or (extra_gradient is not None and not epoch.whole):
             change = jnp.where((ids < num_rows)[:, None], change, 0.0)
-        rows[name] = Rows(ids, change, num_rows)
+        rows[name] = Rows(ids, change, num_rows, whole=epoch.whole)
     own_steps = jnp.maximum(has_examples.sum(), 1)
     return Trained(rows, jax.tree.map(jnp.subtract, dense, shared.dense), private, loss_sum / own_steps)
 

@@ -5,6 +5,7 @@ the sum; ``server`` runs on the sum, in reverse order. A link also declares what
 wire, so epsilon and communication cost are computed from the chain that really ran.
 """
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -12,7 +13,7 @@ import dp_accounting
 import jax
 import jax.numpy as jnp
 
-from fedjax_rec.federated.rows import Rows, is_rows
+from fedjax_rec.federated.rows import is_rows
 
 Metrics = dict[str, jax.Array]
 
@@ -140,7 +141,7 @@ def scale_update(update: Any, factor: jax.Array | float) -> Any:
 
     def multiply(leaf):
         if is_rows(leaf):
-            return Rows(leaf.ids, leaf.values * factor, leaf.num_rows, leaf.unique)
+            return dataclasses.replace(leaf, values=leaf.values * factor)
         return leaf * factor
 
     return jax.tree.map(multiply, update, is_leaf=is_rows)
@@ -152,7 +153,7 @@ def select_update(keep: jax.Array, update: Any) -> Any:
     def select(leaf):
         if is_rows(leaf):
             ids = jnp.where(keep, leaf.ids, leaf.num_rows)
-            return Rows(ids, jnp.where(keep, leaf.values, 0), leaf.num_rows, leaf.unique)
+            return dataclasses.replace(leaf, ids=ids, values=jnp.where(keep, leaf.values, 0))
         return jnp.where(keep, leaf, jnp.zeros_like(leaf))
 
     return jax.tree.map(select, update, is_leaf=is_rows)
