@@ -9,6 +9,9 @@ from fedjax_rec.data.filters import FilterNote as FilterNote
 from fedjax_rec.data.filters import binarize as binarize
 from fedjax_rec.data.filters import k_core as k_core
 from fedjax_rec.data.filters import min_interactions_per_user as min_interactions_per_user
+from fedjax_rec.data.frozen import draw_candidates as draw_candidates
+from fedjax_rec.data.frozen import freeze as freeze
+from fedjax_rec.data.frozen import load_frozen as load_frozen
 from fedjax_rec.data.interactions import Interactions as Interactions
 from fedjax_rec.data.interactions import from_rows as from_rows
 from fedjax_rec.data.sources import DATASETS as DATASETS
