@@ -11,13 +11,20 @@ from fedjax_rec.data.negatives import Negatives
 
 # isort: split
 # Methods, one line a file.
+from fedjax_rec.algorithms.apfl import apfl, apfl_score
+from fedjax_rec.algorithms.cofedrec import cofedrec
+from fedjax_rec.algorithms.ditto import ditto, ditto_score
+from fedjax_rec.algorithms.fcf import fcf, fcf_score
 from fedjax_rec.algorithms.fedavg import fedavg, fedsgd
+from fedjax_rec.algorithms.fedmf import fedmf
 from fedjax_rec.algorithms.fedncf import fedncf
 from fedjax_rec.algorithms.fednova import fednova
 from fedjax_rec.algorithms.fedprox import fedprox
 from fedjax_rec.algorithms.fedrap import additive_scorer, fedrap
 from fedjax_rec.algorithms.fedrec import fedrec
-from fedjax_rec.algorithms.local_only import local_only
+from fedjax_rec.algorithms.fedrecon import fedrecon, reconstruct
+from fedjax_rec.algorithms.gpfedrec import gpfedrec, private_tower
+from fedjax_rec.algorithms.local_only import local_only, local_score
 from fedjax_rec.algorithms.pfedrec import personal_scorer, pfedrec
 from fedjax_rec.algorithms.scaffold import scaffold
 from fedjax_rec.algorithms.silo_dpsgd import silo_dpsgd
@@ -25,7 +32,9 @@ from fedjax_rec.algorithms.silo_dpsgd import silo_dpsgd
 # isort: split
 # Models, and what a method is made of.
 from fedjax_rec.federated.algorithm import Algorithm, ClientOutput, ServerState
+from fedjax_rec.federated.uploads import own_score
 from fedjax_rec.models.base import Examples, Model, Shared, View
+from fedjax_rec.models.centralised import centralised
 from fedjax_rec.models.matrix_factorization import matrix_factorization
 from fedjax_rec.models.neural_cf import gmf, mlp, neumf
 

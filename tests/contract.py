@@ -15,7 +15,6 @@ import optax
 from evaluation_worlds import make_split
 
 import fedjax_rec as fr
-from fedjax_rec.algorithms.local_only import local_score
 from fedjax_rec.data.clients import ClientData, client_data
 from fedjax_rec.federated.algorithm import Algorithm
 from fedjax_rec.federated.cohort import Sampler, full_participation, poisson
@@ -41,6 +40,11 @@ class World(NamedTuple):
     @property
     def num_clients(self) -> int:
         return self.clients.num_clients
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """The arguments of a method with a table for each client."""
+        return {"num_clients": self.num_clients, "num_items": NUM_ITEMS}
 
     @property
     def public(self) -> dict[str, float]:
@@ -74,6 +78,7 @@ HEAD = fr.personal_scorer(NUM_ITEMS, dim=DIM, init_stddev=0.3)
 SUM = fr.additive_scorer(NUM_ITEMS, dim=DIM, separation=0.0, init_stddev=0.3)
 DRAW = {"negatives": fr.Negatives(1), "batch_size": 4}
 STEADY = {"table_lr": 1.0, "head_lr": 0.5, "batch_decay": 1.0, "round_decay": 1.0, "local_epochs": 2}
+PERSONAL = {"lr": 0.5, "item_lr": 0.5, "local_epochs": 2}
 SGD = optax.sgd(0.5)
 
 # A new method joins by one line here.
@@ -87,14 +92,32 @@ METHODS: dict[str, Callable[[World], Entry]] = {
     "pfedrec": lambda w: Entry(fr.pfedrec(HEAD, num_items=NUM_ITEMS, item_lr_factor=1.0, **DRAW), HEAD.score),
     "fedrap": lambda w: Entry(fr.fedrap(SUM, num_clients=w.num_clients, **STEADY, **DRAW), SUM.score, num_rounds=60),
     "local_only": lambda w: Entry(
-        fr.local_only(HEAD, num_clients=w.num_clients, num_items=NUM_ITEMS, item_lr_factor=1.0, **DRAW),
-        local_score(HEAD),
+        fr.local_only(HEAD, **w.sizes, item_lr_factor=1.0, **DRAW),
+        fr.local_score(HEAD),
         finds=False,
     ),
     "fedrec": lambda w: Entry(
         fr.fedrec(NUM_ITEMS, dim=DIM, lr=0.1, lr_decay=1.0, rho=1, average_visits=20),
         lambda s, p: s.tables["item"] @ p["user"],
         rated=True,
+    ),
+    "fcf": lambda w: Entry(fr.fcf(NUM_ITEMS, cohort_size=w.sampler.expected_size, dim=DIM), fr.fcf_score),
+    "fedrecon": lambda w: Entry(
+        fr.fedrecon(HEAD, reconstruction_optimizer=SGD, client_optimizer=optax.sgd(2.0), **DRAW), HEAD.score
+    ),
+    "fedmf": lambda w: Entry(fr.fedmf(MF, lr=0.5, item_lr=4.0, **DRAW), MF.score),
+    "fedmf, visits": lambda w: Entry(
+        fr.fedmf(MF, aggregation="visits", cohort_size=w.sampler.expected_size, lr=0.5, item_lr=1.0, **DRAW), MF.score
+    ),
+    "gpfedrec": lambda w: Entry(fr.gpfedrec(HEAD, **w.sizes, item_lr_factor=1.0, **DRAW), fr.own_score),
+    "cofedrec": lambda w: Entry(
+        fr.cofedrec(HEAD, **w.sizes, num_groups=2, lr=0.1, item_lr_factor=1.0, **DRAW), fr.own_score
+    ),
+    "ditto": lambda w: Entry(fr.ditto(MF, num_clients=w.num_clients, pull=0.5, **PERSONAL, **DRAW), fr.ditto_score(MF)),
+    "apfl": lambda w: Entry(
+        fr.apfl(MF, num_clients=w.num_clients, alpha=0.25, alpha_lr=0.01, **PERSONAL, **DRAW),
+        fr.apfl_score(MF),
+        num_rounds=100,
     ),
 }
 

@@ -1,6 +1,6 @@
 """Splits and candidates as files that others can read, and a hash that says whether they are still the same.
 
-A folder holds `split.csv` (part, user, item and row of the data file, one line each), `candidates.negative` if there are
+A folder holds `split.csv` (part, user, item and row of the data file a line), `candidates.negative` if there are
 candidates (`(user,item) negative negative ...`, the format of He et al., 2017, "Neural Collaborative Filtering"), and
 `split.json` with the rule, the fingerprint and the sha256 of both files. The rows are the data set's own, so its
 licence holds for them: share the hash, or the file where the licence allows it.

@@ -29,18 +29,27 @@ class Question(NamedTuple):
     Attributes:
       positive: int32 ``[clients]``, ``num_items`` for a client that is not asked.
       masked: int32 ``[clients, M]``, items that are no candidates, padded with ``num_items``.
+      candidates: int32 ``[clients, C]``, the only rivals there are, padded with ``num_items``; None for all others.
     """
 
     positive: jax.Array
     masked: jax.Array
+    candidates: jax.Array | None = None
 
 
-def question(cases: Cases, *, num_clients: int) -> Question:
+def question(cases: Cases, *, num_clients: int, among_candidates: bool = False) -> Question:
     """The cases of a split as arrays by client id.
 
+    Args:
+      cases: one part of a split.
+      num_clients: clients in the population.
+      among_candidates: rank against ``cases.candidates`` alone.
+
     Raises:
-      ValueError: if a user has several held-out items.
+      ValueError: if a user has several held-out items, or there are no candidates.
     """
+    if among_candidates and cases.candidates is None:
+        raise ValueError("These cases have no candidates; attach some to the split with with_candidates.")
     if cases.positives.shape[1] != 1:
         raise ValueError("Clients rank one held-out item each; use a leave-one-out split.")
     positive = np.full(num_clients, cases.num_items, np.int32)
@@ -50,7 +59,12 @@ def question(cases: Cases, *, num_clients: int) -> Question:
     rows = np.repeat(cases.user_ids, counts)
     columns = np.arange(len(cases.seen_item_ids)) - np.repeat(cases.seen_offsets[:-1], counts)
     masked[rows, columns] = cases.seen_item_ids
-    return Question(jnp.asarray(positive), jnp.asarray(masked))
+    candidates = None
+    if among_candidates:
+        candidates = np.full((num_clients, cases.candidates.shape[1]), cases.num_items, np.int32)
+        candidates[cases.user_ids] = cases.candidates
+        candidates = jnp.asarray(candidates)
+    return Question(jnp.asarray(positive), jnp.asarray(masked), candidates)
 
 
 def local_parameters(shared: Shared, update: Any) -> Shared:
@@ -89,19 +103,27 @@ def _answer(scores: jax.Array, ask: Question, client_id: jax.Array) -> jax.Array
     positive = ask.positive.at[client_id].get(mode="fill", fill_value=len(scores))
     masked = ask.masked.at[client_id].get(mode="fill", fill_value=len(scores))
     against = scores.at[positive].get(mode="clip")
-    real = masked < len(scores)
-    others = scores.at[masked].get(mode="clip")
+    listed = masked
+    if ask.candidates is not None:
+        listed = jnp.append(ask.candidates.at[client_id].get(mode="fill", fill_value=len(scores)), positive)
+    others = scores.at[listed].get(mode="clip")
 
     def count(holds):
+        of_listed = ((listed < len(scores)) & holds(others)).sum()
         # Of all less of the masked: a gather of the few, where a mask over the catalogue would be a scatter.
-        return holds(scores).sum() - (real & holds(others)).sum()
+        return of_listed if ask.candidates is not None else holds(scores).sum() - of_listed
 
     better, equal, nans = (count(holds) for holds in (lambda x: x > against, lambda x: x == against, jnp.isnan))
     return jnp.where(nans > 0, -2, jnp.stack([better, equal - 1])).astype(jnp.int32)
 
 
 def evaluate_on_clients(
-    ranks: jax.Array, cases: Cases, *, ks: tuple[int, ...] = (10,), ties: str = "expected"
+    ranks: jax.Array,
+    cases: Cases,
+    *,
+    ks: tuple[int, ...] = (10,),
+    ties: str = "expected",
+    among_candidates: bool = False,
 ) -> Evaluation:
     """Metrics from the ranks that clients found themselves.
 
@@ -110,9 +132,10 @@ def evaluate_on_clients(
       cases: that the question was made of.
       ks: cut-offs.
       ties: as in `evaluate`.
+      among_candidates: as for `question`; metrics are then named "hit@10/99neg" and so on.
 
     Returns:
-      An `Evaluation` without lists; `expect_sampled` takes it like any other.
+      An `Evaluation` without lists; `expect_sampled` takes it like any other that ranked the catalogue.
 
     Raises:
       ValueError: if a client has not taken part yet, or its scores are NaN.
@@ -123,14 +146,18 @@ def evaluate_on_clients(
         bad = np.flatnonzero(own[:, 0] == code)
         if len(bad):
             raise ValueError(f"User id {cases.user_ids[bad[0]]} {what} ({len(bad)} such users).")
+    num_candidates, suffix = cases.num_items - np.diff(cases.seen_offsets), ""
+    if among_candidates:
+        num_candidates = 1 + (cases.candidates < cases.num_items).sum(axis=1)
+        suffix = f"/{cases.candidates.shape[1]}neg"
     counted = Ranks(
         better=own[:, :1],
         tied=own[:, 1:],
         real=np.ones((cases.num_cases, 1), bool),
-        num_candidates=(cases.num_items - np.diff(cases.seen_offsets)).astype(np.int32),
+        num_candidates=num_candidates.astype(np.int32),
     )
     values = np.asarray(_user_metrics(counted, ks=ks, ties=ties))
-    per_user = {name: values[:, column] for column, name in enumerate(metric_names(ks))}
+    per_user = {name + suffix: values[:, column] for column, name in enumerate(metric_names(ks))}
     return Evaluation(
         values={name: float(column.mean(dtype=np.float64)) for name, column in per_user.items()},
         per_user=per_user,
