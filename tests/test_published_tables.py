@@ -108,6 +108,7 @@ def test_every_rule_of_a_protocol_is_in_its_fingerprint():
         "split_seed": 1,
         "exclusion": "strict",
         "num_negatives": None,
+        "draw": "one draw",
         "ks": (5,),
         "ties": "expected",
         "selection": "last round",

@@ -209,6 +209,9 @@ def _bucket_sum(algorithm, transforms, state, bucket, in_cohort, key, chunk_size
         private_rows = jax.tree.map(lambda x: x.at[own].get(mode="clip"), private)
         update, new_private, metrics = jax.vmap(one)(private_rows, rows)
         update = jax.vmap(select_update)(active, update)
+        # The select ties what is written to what was read: without it, a leaf that the client replaces without a look
+        # at the old value would be copied whole, for all clients, in every chunk.
+        new_private = jax.tree.map(lambda new, old: jax.vmap(jnp.where)(active, new, old), new_private, private_rows)
         private = jax.tree.map(lambda x, new: x.at[own].set(new, mode="drop"), private, new_private)
         metric_sums = {name: s + jnp.sum(jnp.where(active, metrics[name], 0)) for name, s in metric_sums.items()}
         return (add_to_total(total, update), metric_sums), private
