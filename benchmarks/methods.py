@@ -26,6 +26,7 @@ import jax
 import numpy as np
 import optax
 
+import fedjax_rec as fr
 from benchmarks.round import peak_memory
 from fedjax_rec.algorithms.fedavg import fedavg
 from fedjax_rec.algorithms.fedncf import fedncf
@@ -34,13 +35,14 @@ from fedjax_rec.algorithms.fedprox import fedprox
 from fedjax_rec.algorithms.fedrap import additive_scorer, fedrap
 from fedjax_rec.algorithms.local_only import local_only
 from fedjax_rec.algorithms.pfedrec import personal_scorer, pfedrec
-from fedjax_rec.algorithms.scaffold import control_rows, mean_steps, scaffold
+from fedjax_rec.algorithms.scaffold import control_rows, scaffold
 from fedjax_rec.data.clients import ClientData, client_data
 from fedjax_rec.data.interactions import Interactions
 from fedjax_rec.data.negatives import Negatives
 from fedjax_rec.data.split import Split
 from fedjax_rec.federated.algorithm import Algorithm, all_private
 from fedjax_rec.federated.cohort import full_participation, poisson
+from fedjax_rec.federated.local import mean_steps
 from fedjax_rec.federated.round import RoundKeys, make_rounds
 from fedjax_rec.federated.transforms import chain
 from fedjax_rec.models.matrix_factorization import matrix_factorization
@@ -85,6 +87,16 @@ class World:
             "max_private_bytes": self.max_bytes,
         }
 
+    @property
+    def personal(self) -> dict[str, int]:
+        """The same where the model knows the catalogue's size."""
+        return {name: value for name, value in self.sizes.items() if name != "num_items"}
+
+    @property
+    def cohort_size(self) -> float:
+        """Expected clients of a round."""
+        return self.clients.num_clients * self.sampling_prob
+
 
 def _mf(world: World):
     return matrix_factorization(world.num_items, dim=DIM)
@@ -106,8 +118,7 @@ def _scaffold(world: World) -> Algorithm:
 
 
 def _fedrap(world: World) -> Algorithm:
-    sizes = {name: value for name, value in world.sizes.items() if name != "num_items"}
-    return fedrap(additive_scorer(world.num_items, dim=DIM), local_epochs=1, **sizes, **_steps())
+    return fedrap(additive_scorer(world.num_items, dim=DIM), local_epochs=1, **world.personal, **_steps())
 
 
 # A new method is one line: how it is built for a world.
@@ -120,6 +131,17 @@ METHODS: dict[str, Callable[[World], Algorithm]] = {
     "pfedrec": lambda w: pfedrec(personal_scorer(w.num_items, dim=DIM), num_items=w.num_items, **_steps()),
     "fedrap": _fedrap,
     "local_only": lambda w: local_only(personal_scorer(w.num_items, dim=DIM), **w.sizes, **_steps()),
+    "fcf": lambda w: fr.fcf(w.num_items, cohort_size=w.cohort_size, dim=DIM),
+    "fedrecon": lambda w: fr.fedrecon(
+        _mf(w), reconstruction_optimizer=optax.sgd(LR), client_optimizer=optax.sgd(LR), **_steps()
+    ),
+    "fedmf": lambda w: fr.fedmf(_mf(w), **_steps()),
+    "fedmf, visits": lambda w: fr.fedmf(_mf(w), aggregation="visits", cohort_size=w.cohort_size, **_steps()),
+    "fedrec": lambda w: fr.fedrec(w.num_items, dim=DIM, rho=1),
+    "gpfedrec": lambda w: fr.gpfedrec(fr.private_tower(w.num_items, dim=DIM), **w.sizes, **_steps()),
+    "cofedrec": lambda w: fr.cofedrec(personal_scorer(w.num_items, dim=DIM), **w.sizes, **_steps()),
+    "ditto": lambda w: fr.ditto(_mf(w), pull=0.5, **w.personal, **_steps()),
+    "apfl": lambda w: fr.apfl(_mf(w), **w.personal, **_steps()),
 }
 
 

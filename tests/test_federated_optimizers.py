@@ -14,11 +14,11 @@ from test_sensitivity import CHAIN, CLIP, SAMPLER, moved, pre_noise_sum, with_an
 from fedjax_rec.algorithms.fedavg import fedavg
 from fedjax_rec.algorithms.fednova import fednova
 from fedjax_rec.algorithms.fedprox import fedprox
-from fedjax_rec.algorithms.scaffold import control_rows, mean_steps, private_bytes, scaffold
+from fedjax_rec.algorithms.scaffold import control_rows, private_bytes, scaffold
 from fedjax_rec.data.clients import client_data, client_data_from_examples
 from fedjax_rec.data.negatives import Negatives
 from fedjax_rec.federated.cohort import full_participation, poisson
-from fedjax_rec.federated.local import draw_epoch
+from fedjax_rec.federated.local import draw_epoch, mean_steps
 from fedjax_rec.federated.round import RoundKeys, make_rounds
 from fedjax_rec.federated.transforms import chain
 from fedjax_rec.models.base import Model, Shared

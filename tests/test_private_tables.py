@@ -14,13 +14,14 @@ from reference_round import one_by_one
 from test_known_worlds import NUM_ITEMS, NUM_USERS, checkerboard
 
 from fedjax_rec.algorithms.fedrap import additive_scorer, fedrap
-from fedjax_rec.algorithms.local_only import local_only, local_score, private_bytes
+from fedjax_rec.algorithms.local_only import local_only, local_score
 from fedjax_rec.algorithms.pfedrec import personal_scorer
 from fedjax_rec.data.clients import client_data
 from fedjax_rec.data.negatives import Negatives
 from fedjax_rec.evaluation.on_client import Question, ranked_on_clients
 from fedjax_rec.federated.cohort import full_participation, poisson
 from fedjax_rec.federated.local import draw_epoch
+from fedjax_rec.federated.private_tables import private_bytes
 from fedjax_rec.federated.round import RoundKeys, make_rounds
 from fedjax_rec.federated.rows import zero_total
 from fedjax_rec.federated.transforms import UpdateTransform, chain

@@ -19,7 +19,7 @@ A client's model is w and its private parameters together (in matrix factorisati
 vector), and all of it is mixed. v_k starts as what the client receives in its first round; its rows that the client
 never touches stay that way. A client without data has none, and is scored with w.
 
-Memory: the tables of all v_k take ``num_clients * num_items * dim * 4`` bytes, in float32; `local_only.private_bytes`.
+Memory: the tables of all v_k take ``num_clients * num_items * dim * 4`` bytes, in float32.
 
 Differs from the paper: alpha_k takes a step with each batch, where the authors' code takes one a round; it has a
 learning rate of its own; sums are divided by the expected cohort size.
@@ -32,10 +32,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from fedjax_rec.algorithms.local_only import MAX_PRIVATE_BYTES, add_to_tables, check_private_bytes
 from fedjax_rec.data.negatives import Negatives
 from fedjax_rec.federated import local
 from fedjax_rec.federated.algorithm import Algorithm, ClientOutput, ServerState
+from fedjax_rec.federated.private_tables import MAX_PRIVATE_BYTES, add_to_tables, check_private_bytes
 from fedjax_rec.models.base import Model, Shared, View
 
 PERSONAL = "personal "  # prefix of v_k's tables where they stand beside w's, on the client only

@@ -33,11 +33,11 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from fedjax_rec.algorithms.local_only import MAX_PRIVATE_BYTES, check_private_bytes
 from fedjax_rec.data.negatives import Negatives
 from fedjax_rec.federated import local
 from fedjax_rec.federated.algorithm import Algorithm, ClientOutput, ServerState
 from fedjax_rec.federated.grouping import k_means, up_to_elbow
+from fedjax_rec.federated.private_tables import MAX_PRIVATE_BYTES, check_private_bytes
 from fedjax_rec.federated.rows import Rows
 from fedjax_rec.federated.uploads import item_table, on_whole_table, received_uploads, upload, with_uploads
 from fedjax_rec.models.base import Model, Shared

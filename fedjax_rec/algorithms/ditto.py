@@ -15,7 +15,7 @@ vector). v_k is a copy of all of it, and all of it is pulled. It starts as what 
 a client without data has none, and is scored with w.
 Rows that a client never touches have no gradient: they follow the shared ones with a lag.
 
-Memory: the tables of all v_k take ``num_clients * num_items * dim * 4`` bytes, in float32; `local_only.private_bytes`.
+Memory: the tables of all v_k take ``num_clients * num_items * dim * 4`` bytes, in float32.
 
 Differs from the paper: the pull is split from the gradient. In place of T steps v <- v - eta (grad F_k(v) + lambda
 (v - w^t)), T steps follow the gradient alone, and then v <- w^t + (v - w^t) / (1 + eta lambda)^T. Both agree to first
@@ -31,10 +31,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from fedjax_rec.algorithms.local_only import MAX_PRIVATE_BYTES, add_to_tables, check_private_bytes
 from fedjax_rec.data.negatives import Negatives
 from fedjax_rec.federated import local
 from fedjax_rec.federated.algorithm import Algorithm, ClientOutput, ServerState
+from fedjax_rec.federated.private_tables import MAX_PRIVATE_BYTES, add_to_tables, check_private_bytes
 from fedjax_rec.models.base import Model, Shared
 
 

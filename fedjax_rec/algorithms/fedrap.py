@@ -10,7 +10,7 @@ entries. The server takes the plain mean of the clients' C. A client is scored w
 
 Li et al., 2024, "Federated Recommendation with Additive Personalization" (ICLR).
 
-Memory: D takes ``num_clients * num_items * dim * 4`` bytes, in float32; see `local_only.private_bytes`.
+Memory: D takes ``num_clients * num_items * dim * 4`` bytes, in float32; see `federated.private_tables.private_bytes`.
 
 Read results with care. D_k remembers every negative that was ever drawn. Under the protocol of the paper's code
 (``exclusion="paper"``) the held-out item is never drawn, and it ranks high for that alone. And the lambda term has no
@@ -32,10 +32,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from fedjax_rec.algorithms.local_only import MAX_PRIVATE_BYTES, add_to_tables, check_private_bytes
 from fedjax_rec.data.negatives import Negatives
 from fedjax_rec.federated import local
 from fedjax_rec.federated.algorithm import Algorithm, ClientOutput, ServerState
+from fedjax_rec.federated.private_tables import MAX_PRIVATE_BYTES, add_to_tables, check_private_bytes
 from fedjax_rec.models.base import Examples, Model, Shared, View
 
 

@@ -13,8 +13,8 @@ is the one that is never drawn as a negative, and a private table remembers all 
 Local steps are those of PFedRec (Zhang et al., 2023, "Dual Personalization on Federated Recommendation"): a batch moves
 theta_k, then, the loss computed again, V_k.
 
-Memory: ``num_clients * num_items * dim * 4`` bytes for the private tables, in float32 (see `private_bytes`): 0.2 GB for
-MovieLens 100K and 2.9 GB for 1M at dim 32. The round changes them in place, a chunk of clients at a time.
+Memory: ``num_clients * num_items * dim * 4`` bytes for the private tables, in float32: 0.2 GB for MovieLens 100K
+and 2.9 GB for 1M at dim 32. The round changes them in place, a chunk of clients at a time.
 
 Differs from the paper: there is no paper of this method alone; negatives of a round are distinct; clients outside a
 cohort do not train.
@@ -31,42 +31,8 @@ from fedjax_rec.algorithms.pfedrec import PERSONAL_FIRST
 from fedjax_rec.data.negatives import Negatives
 from fedjax_rec.federated import local
 from fedjax_rec.federated.algorithm import Algorithm, ClientOutput, ServerState
-from fedjax_rec.federated.rows import Rows, add_update
+from fedjax_rec.federated.private_tables import MAX_PRIVATE_BYTES, add_to_tables, check_private_bytes
 from fedjax_rec.models.base import Model, Shared
-
-MAX_PRIVATE_BYTES = 8 * 2**30
-FLOAT_BYTES = 4
-
-
-def private_bytes(num_clients: int, num_items: int, dim: int) -> int:
-    """Bytes of one float32 table ``[num_items, dim]`` for each client."""
-    return num_clients * num_items * dim * FLOAT_BYTES
-
-
-def check_private_bytes(num_clients: int, tables: dict[str, Any], max_private_bytes: int) -> None:
-    """Refuses private tables that do not fit.
-
-    Args:
-      num_clients: clients in the population.
-      tables: one client's private tables (arrays or ``jax.ShapeDtypeStruct``), ``[num_items, dim]`` each.
-      max_private_bytes: most bytes that the tables of all clients may take together.
-
-    Raises:
-      ValueError: with the number of bytes, if it is larger.
-    """
-    needed = sum(private_bytes(num_clients, *table.shape) for table in tables.values())
-    if needed > max_private_bytes:
-        shapes = ", ".join(f"{name} {list(table.shape)}" for name, table in tables.items())
-        raise ValueError(
-            f"A private item table for each of {num_clients} clients ({shapes}, float32) takes {needed} bytes in all, "
-            f"more than max_private_bytes={max_private_bytes}. Use a smaller dim or fewer clients or items, or raise "
-            "max_private_bytes if the device has the memory."
-        )
-
-
-def add_to_tables(tables: dict[str, jax.Array], rows: dict[str, Rows]) -> dict[str, jax.Array]:
-    """One client's private tables after training: its trained rows added to them."""
-    return {name: add_update(table, rows[name]) for name, table in tables.items()}
 
 
 def local_score(model: Model) -> Callable[[Shared, Any], jax.Array]:

@@ -39,7 +39,7 @@ from fedjax_rec.data.clients import ClientData
 from fedjax_rec.data.negatives import Negatives
 from fedjax_rec.federated import local
 from fedjax_rec.federated.algorithm import Algorithm, ClientOutput, ServerState
-from fedjax_rec.federated.rows import Rows, take_rows
+from fedjax_rec.federated.rows import Rows, find_rows, take_rows
 from fedjax_rec.federated.transforms import scale_update
 from fedjax_rec.models.base import Model, Shared
 
@@ -79,12 +79,6 @@ def control_rows(clients: ClientData, *, batch_size: int | None = None, negative
     return min(clients.num_items, max(touched(bucket) for bucket in clients.buckets))
 
 
-def mean_steps(clients: ClientData, *, batch_size: int | None = None, local_epochs: int = 1) -> float:
-    """Mean local steps K of a client; computed from data, so not for DP unless all have one batch."""
-    batches = [local.num_batches(bucket, batch_size) for bucket in clients.buckets]
-    return local_epochs * float(sum(x.sum() for x in batches)) / clients.num_clients
-
-
 def private_bytes(model: Model, num_rows: int) -> int:
     """Bytes of one client's c_i with this many rows (`control_rows`, or the catalogue's size for a whole table)."""
     shared = jax.eval_shape(model.init_shared, jax.random.key(0))
@@ -111,7 +105,7 @@ def scaffold(
       model: a recommender; every table has a row an item.
       lr: eta_l, of SGD on the shared parameters.
       num_control_rows: rows that a client keeps of c_i, from `control_rows`; public.
-      mean_local_steps: mean of K over clients, epochs times batches (see `mean_steps`); a public constant.
+      mean_local_steps: mean of K over clients, epochs times batches (see `local.mean_steps`); a public constant.
       sampling_prob: |S|/N, the sampler's; public.
       private_optimizer: for the model's private parameters; ``optax.sgd(lr)`` by default.
       server_optimizer: applied to minus the mean of Delta y_i; ``optax.sgd(1.0)``, so eta_g = 1, by default.
@@ -148,7 +142,7 @@ def scaffold(
         draw_key, train_key = jax.random.split(key)
         epoch = local.draw_epoch(client, negatives, batch_size, draw_key)
         ids, num_items = local.row_ids(epoch), client.num_items
-        place, has = _find(private.ids, ids)
+        place, has = find_rows(private.ids, ids)
         own = {name: jnp.where(has[..., None], take_rows(rows, place), 0.0) for name, rows in private.rows.items()}
         common = {name: take_rows(table, ids) for name, table in shared.control.tables.items()}
         correction = jax.tree.map(jnp.subtract, Shared(common, shared.control.dense), Shared(own, private.dense))
@@ -168,7 +162,7 @@ def scaffold(
             raise ValueError(f"A client touches up to {len(flat)} rows and keeps {num_control_rows}; see control_rows.")
         unfilled = num_control_rows - len(by_id)
         kept_ids = jnp.pad(flat[by_id], (0, unfilled), constant_values=num_items)
-        _, again = _find(kept_ids, private.ids)
+        _, again = find_rows(kept_ids, private.ids)
         sent_ids = jnp.concatenate([flat, jnp.where(again, num_items, private.ids)])
         tables, kept = {}, {}
         for name, rows in trained.rows.items():
@@ -201,9 +195,3 @@ def scaffold(
         num_steps=lambda client: local.num_batches(client, batch_size),
         server_update=server_update,
     )
-
-
-def _find(sorted_ids: jax.Array, ids: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Where each id stands in ``sorted_ids``, and whether it does; both of the shape of ``ids``."""
-    place = jnp.minimum(jnp.searchsorted(sorted_ids, ids), len(sorted_ids) - 1)
-    return place, sorted_ids[place] == ids

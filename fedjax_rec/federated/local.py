@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from fedjax_rec.data.clients import Client
+from fedjax_rec.data.clients import Client, ClientData
 from fedjax_rec.data.negatives import (
     Negatives,
     independent_negatives,
@@ -69,6 +69,12 @@ def batch_rows(client: Client, batch_size: int | None) -> int:
 def num_batches(client: Client, batch_size: int | None) -> jax.Array:
     """Batches in this client's epoch, int32 scalar."""
     return -(-client.length // batch_rows(client, batch_size))
+
+
+def mean_steps(clients: ClientData, *, batch_size: int | None = None, local_epochs: int = 1) -> float:
+    """Mean local steps K of a client; computed from data, so not for DP unless all have one batch."""
+    batches = [num_batches(bucket, batch_size) for bucket in clients.buckets]
+    return local_epochs * float(sum(x.sum() for x in batches)) / clients.num_clients
 
 
 def draw_epoch(client: Client, negatives: Negatives | None, batch_size: int | None, key: jax.Array) -> Epoch:

@@ -127,6 +127,12 @@ def distinct_rows(ids: jax.Array, num_rows: int) -> tuple[jax.Array, jax.Array]:
     return jnp.where(slots == jnp.arange(len(ids)), ids, num_rows), slots
 
 
+def find_rows(sorted_ids: jax.Array, ids: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Where each id stands in ``sorted_ids``, and whether it does; both of the shape of ``ids``."""
+    place = jnp.minimum(jnp.searchsorted(sorted_ids, ids), len(sorted_ids) - 1)
+    return place, sorted_ids[place] == ids
+
+
 def merge_duplicates(rows: Rows) -> Rows:
     """Sums the values of equal ids, so that a norm over ``values`` is the norm of the table's update.
 
