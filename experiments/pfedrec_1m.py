@@ -1,6 +1,7 @@
 """PFedRec's main table on MovieLens 1M: the rows of `pfedrec`, where the paper's values were seen in others' tables.
 
-MINUTES minutes a federated row and seed on two CPU cores. Published values are of Zhang et al. (2023), "Dual
+PFedRec took seven minutes for a seed, both protocols, on one of two CPU cores with other work on the other; GPU times
+were not measured. Published values are of Zhang et al. (2023), "Dual
 Personalization on Federated Recommendation".
 """
 
