@@ -1,8 +1,8 @@
 """PFedRec's main table on MovieLens 100K, under the paper's protocol and under the same without its leak.
 
-One to five minutes a row and seed, both protocols, on one CPU core; GPU times were not measured. Published values are of
-Zhang et al. (2023), "Dual Personalization on Federated Recommendation"; those for this data set were recalled and not
-seen, except where others' re-runs (71.05/43.89 for PFedRec) are named.
+One to five minutes a row and seed, both protocols, on one CPU core; GPU times were not measured. Published values are
+of Zhang et al. (2023), "Dual Personalization on Federated Recommendation"; those for this data set were recalled and
+not seen, except where others' re-runs (71.05/43.89 for PFedRec) are named.
 """
 
 import dataclasses
@@ -154,7 +154,7 @@ ABOUT = (
     "Ranked are 99 negatives, drawn once a seed as in published code (other ones to select the round with), or all "
     "items. Reported is the best validation round of each column; equal scores count against the held-out item. Each "
     'client is scored with the item table that it has just trained, in columns "server" with the averaged one. A table '
-    "just trained knows the negatives of its last round. If the held-out item can never be among them it gains by that, "
+    "just trained knows the negatives of its last round. If the held-out item can never be among them it gains by it, "
     "and if it can it loses: so the two protocols lie far apart where clients score with their own tables, and close "
     'together in columns "server".'
 )
