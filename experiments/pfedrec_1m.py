@@ -1,8 +1,8 @@
 """PFedRec's main table on MovieLens 1M: the rows of `pfedrec`, where the paper's values were seen in others' tables.
 
-PFedRec took seven minutes for a seed, both protocols, on one of two CPU cores with other work on the other; FedNCF and
-the centralised NCF take several times as long. GPU times were not measured. Published values are of Zhang et al. (2023),
-"Dual Personalization on Federated Recommendation".
+PFedRec took seven minutes for a seed, both protocols, on one of two CPU cores with work on the other too; FedNCF and
+the centralised NCF take several times as long. GPU times were not measured. Published values are of Zhang et al.
+(2023), "Dual Personalization on Federated Recommendation".
 """
 
 from collections.abc import Sequence

@@ -23,6 +23,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,8 +32,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks.round import peak_memory
-from experiments.pfedrec import NEGATIVES, build_fedmf, build_fedncf, build_pfedrec
+from experiments.gpfedrec import build_gpfedrec
+from experiments.pfedrec import NEGATIVES, build_fedmf, build_fedncf, build_fedrecon, build_pfedrec
 from experiments.ranked import Build, ml_100k
+from fedjax_rec.algorithms.fcf import fcf
 from fedjax_rec.algorithms.fedrap import additive_scorer, fedrap
 from fedjax_rec.data import Interactions, load
 from fedjax_rec.data.clients import ClientData, client_data
@@ -79,6 +82,11 @@ def build_fedrap(interactions: Interactions):
     return fedrap(model, num_clients=interactions.num_users, negatives=NEGATIVES), model
 
 
+def build_fcf(interactions: Interactions):
+    """FCF; clients solve for their vectors, so there is no model with a loss."""
+    return fcf(interactions.num_items, cohort_size=interactions.num_users), None
+
+
 CASES = (
     Case("FedMF, ML-100K", build_fedmf, "100k"),
     Case("FedNCF, ML-100K", build_fedncf, "100k", restart=True),
@@ -89,6 +97,9 @@ CASES = (
         "14 to 19 s: the authors' code on two CPU cores, evaluation included (run for this project)",
     ),
     Case("FedRAP, ML-100K", build_fedrap, "100k", "50 s: the authors' log; device not named"),
+    Case("FedRecon, ML-100K", build_fedrecon, "100k"),
+    Case("FCF, ML-100K", build_fcf, "100k"),
+    Case("GPFedRec, ML-100K", partial(build_gpfedrec, similarity="cosine"), "100k"),
     Case("FedMF, ML-1M", build_fedmf, "1m"),
     Case("PFedRec, ML-1M", build_pfedrec, "1m", "151 s: on an RTX 4090, as others quote it"),
     Case("FedRAP, ML-1M", build_fedrap, "1m", "667 s: the authors' log; device not named"),

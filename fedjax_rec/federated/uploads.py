@@ -60,4 +60,4 @@ def received_uploads(aggregate: dict[str, jax.Array]) -> tuple[jax.Array, jax.Ar
 
 def on_whole_table(epoch: Epoch, num_items: int) -> Epoch:
     """The same examples for a client that holds every row, where it would hold those of its examples alone."""
-    return Epoch(epoch.examples, epoch.examples.ids, jnp.arange(num_items, dtype=jnp.int32))
+    return Epoch(epoch.examples, epoch.examples.ids, jnp.arange(num_items, dtype=jnp.int32), whole=True)
