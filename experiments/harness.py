@@ -217,8 +217,9 @@ def write_page(study: Study, table: Table, statuses: dict[str, str], lines: Sequ
     devices = sorted({str(run["stamp"]["device_kind"]) for run in runs})
     count = sum(status == "reproduced" for status in statuses.values())
     claimed = sum(status != "nothing claimed" for status in statuses.values())
+    status = f"{count} of {claimed} rows with a tolerance are reproduced." if claimed else "nothing is claimed."
     return (
-        f"# {study.title}\n\nStatus: {count} of {claimed} rows with a tolerance are reproduced.\n\n{study.about}\n\n"
+        f"# {study.title}\n\nStatus: {status}\n\n{study.about}\n\n"
         f"{to_markdown(table)}\n\nWritten by `python -m experiments {study.name}`; commits {', '.join(commits)}, "
         f"device {', '.join(devices)}. Mean ± standard deviation over seeds of training.\n"
     )

@@ -32,13 +32,13 @@ import numpy as np
 
 from experiments import harness
 from experiments.harness import Options, Published, Row, Study
-from experiments.pfedrec import COLUMNS, METRICS, SMOKE_ROUNDS, build_pfedrec, measured, trained_once
+from experiments.pfedrec import SMOKE_ROUNDS, build_pfedrec, measured, trained_once
 from experiments.ranked import ml_100k, sampled, train_and_rank
 from fedjax_rec.data import Interactions
 from fedjax_rec.data.clients import client_data
 from fedjax_rec.evaluation import cases, constant_scorer
 from fedjax_rec.evaluation.on_client import evaluate_on_clients, question, ranked_on_clients
-from fedjax_rec.evaluation.protocol import STRICT_99
+from fedjax_rec.evaluation.protocol import PFEDREC_PAPER, STRICT_99
 from fedjax_rec.federated.cohort import Sampler, full_participation
 from fedjax_rec.federated.round import RoundKeys, make_rounds
 from fedjax_rec.federated.rows import is_rows
@@ -50,6 +50,8 @@ from fedjax_rec.reporting import Table, to_markdown
 from fedjax_rec.reporting.formatting import MISSING
 from fedjax_rec.reporting.statements import epsilon_label
 
+COLUMNS = {"paper": PFEDREC_PAPER, "strict": STRICT_99}
+METRICS = tuple(f"{metric} {column}" for column in COLUMNS for metric in ("HR@10", "NDCG@10"))
 NUM_ROUNDS = 100
 NUM_CLIENTS_ML_1M = 6040
 # HR@10 and NDCG@10 by the scale of the noise.
@@ -159,7 +161,7 @@ def trained(make_chain, seed: int, options: Options) -> dict:
             transforms=transforms,
         )
     statement = spent(transforms, full_participation(interactions.num_users), num_rounds)
-    return measured(found, interactions) | {
+    return measured(found, interactions, COLUMNS) | {
         "settings": f"{num_rounds} rounds, clip norm {L2_CLIP_NORM:g}" if statement else f"{num_rounds} rounds",
         "privacy": statement,
     }
@@ -174,7 +176,7 @@ def popularity_released_once(epsilon: float, seed: int, options: Options) -> dic
         key = jax.random.fold_in(jax.random.key(seed), 3)
         return constant_scorer(dp_popularity(train, noise_multiplier=noise_multiplier, key=key).counts)
 
-    return trained_once(scorer, seed, options)
+    return trained_once(scorer, seed, options, columns=COLUMNS)
 
 
 def statement_of(epsilon: float) -> str:
@@ -210,7 +212,7 @@ STUDY = Study(
         "a server's state. Trust model: central."
     ),
     rows=(
-        Row("popularity", partial(trained_once, popularity_scorer)),
+        Row("popularity", partial(trained_once, popularity_scorer, columns=COLUMNS)),
         *(
             Row(f"popularity released once, {statement_of(epsilon)}", partial(popularity_released_once, epsilon))
             for epsilon in EPSILONS
@@ -222,7 +224,7 @@ STUDY = Study(
             for epsilon in EPSILONS
         ),
     ),
-    metrics=METRICS[:4],
+    metrics=METRICS,
 )
 
 
@@ -244,16 +246,16 @@ def trend(lines: Sequence[dict], num_clients: int) -> Table:
     values = {}
     for scale in PUBLISHED:
         runs = harness.newest(lines, laplace_row(scale).name)
-        for metric in METRICS[:4]:
+        for metric in METRICS:
             values[scale, metric] = 100 * np.mean([run["values"][metric] for run in runs]) if runs else math.nan
     rows = []
     for scale, (hit, ndcg) in PUBLISHED.items():
         cells = [f"{noise_stddev(scale, n, t):.4f}" for n in (NUM_CLIENTS_ML_1M, num_clients) for t in (1, NUM_ROUNDS)]
         moved = [hit - PUBLISHED[0.0][0], ndcg - PUBLISHED[0.0][1]]
-        moved += [values[scale, metric] - values[0.0, metric] for metric in METRICS[:4]]
+        moved += [values[scale, metric] - values[0.0, metric] for metric in METRICS]
         rows.append((f"{scale:g}", *cells, *(MISSING if math.isnan(x) else f"{x:+.2f}" for x in moved)))
     heads = [f"noise left, n = {n}, {t}" for n in (NUM_CLIENTS_ML_1M, num_clients) for t in ("1 round", "all rounds")]
-    changes = ["HR@10, published (n = 6040)", "NDCG@10, published (n = 6040)", *METRICS[:4]]
+    changes = ["HR@10, published (n = 6040)", "NDCG@10, published (n = 6040)", *METRICS]
     return Table(
         ("scale", *heads, *(f"change of {name}" for name in changes)),
         rows,

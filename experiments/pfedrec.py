@@ -110,26 +110,26 @@ def trained_together(build: Callable, num_epochs: int, seed: int, options: Optio
     return measured(found, interactions) | {"settings": f"{num_epochs} epochs"}
 
 
-def trained_once(make_scorer: Callable, seed: int, options: Options, *, dataset: Callable = ml_100k) -> dict:
+def trained_once(make_scorer: Callable, seed: int, options: Options, *, dataset=ml_100k, columns=COLUMNS) -> dict:
     """A model that is computed, not trained; it draws no negatives, so both exclusion rules give the same."""
     interactions = dataset(options.data_dir, smoke=options.smoke)
     found = {}
     split = PAPER.split(interactions)
     scorer = make_scorer(split.train)
-    for protocol in COLUMNS.values():
+    for protocol in columns.values():
         found[protocol.name] = reference(scorer, split, protocol, seed=seed)
-    return measured(found, interactions)
+    return measured(found, interactions, columns)
 
 
-def measured(found: dict[str, dict[str, float]], interactions: Interactions) -> dict:
+def measured(found: dict[str, dict[str, float]], interactions: Interactions, columns=COLUMNS) -> dict:
     """What the harness keeps: values by column, the fingerprint of each column's protocol, the selected rounds."""
-    fingerprints = {column: p.fingerprint(p.split(interactions)) for column, p in COLUMNS.items()}
+    fingerprints = {column: p.fingerprint(p.split(interactions)) for column, p in columns.items()}
     return {
         "values": {
-            f"{metric} {column}": found[p.name][name] for column, p in COLUMNS.items() for metric, name in NAMES.items()
+            f"{metric} {column}": found[p.name][name] for column, p in columns.items() for metric, name in NAMES.items()
         },
-        "protocols": {f"{metric} {column}": fingerprints[column] for column in COLUMNS for metric in NAMES},
-        "rounds": {column: found[p.name].get("round") for column, p in COLUMNS.items()},
+        "protocols": {f"{metric} {column}": fingerprints[column] for column in columns for metric in NAMES},
+        "rounds": {column: found[p.name].get("round") for column, p in columns.items()},
     }
 
 

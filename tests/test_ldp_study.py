@@ -12,7 +12,8 @@ from scipy import stats
 
 from experiments import harness, ldp
 from experiments.harness import Options
-from experiments.pfedrec import COLUMNS, build_pfedrec
+from experiments.ldp import COLUMNS
+from experiments.pfedrec import build_pfedrec
 from fedjax_rec.data import load
 from fedjax_rec.data.clients import client_data
 from fedjax_rec.evaluation.protocol import STRICT_99
@@ -103,9 +104,7 @@ def test_laplace_rows_have_no_event_and_no_epsilon(monkeypatch, capsys, tmp_path
     assert len(shown) == 2  # the one Laplace row of a smoke run: its progress, and its line of the table
     assert not any(word in line for line in shown for word in ("ε", "epsilon"))
     assert not list(tmp_path.iterdir())
-    trend = ldp.trend(
-        [{"row": n, "seed": 0, "values": dict.fromkeys(ldp.METRICS[:4], 0.5)} for n in LAPLACE_NAMES], 943
-    )
+    trend = ldp.trend([{"row": n, "seed": 0, "values": dict.fromkeys(ldp.METRICS, 0.5)} for n in LAPLACE_NAMES], 943)
     assert [row[1] for row in trend.rows[1:]] == ["0.0018", "0.0036", "0.0055", "0.0073", "0.0091"]
     assert not any("ε" in str(cell) or "epsilon" in str(cell) for row in (trend.columns, *trend.rows) for cell in row)
 
