@@ -1,5 +1,6 @@
 """Strictness for every test, and the folder of real data sets."""
 
+import gc
 import os
 from pathlib import Path
 
@@ -8,6 +9,19 @@ import pytest
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_debug_key_reuse", True)
+
+
+MAPS = Path("/proc/self/maps")
+MAX_MAPS = 8_000  # Linux allows a process 65,530
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _room_for_compiled_programs():
+    """Forgets compiled programs now and then: each takes memory maps, and a process that runs out of them aborts."""
+    yield
+    if MAPS.exists() and MAPS.read_bytes().count(b"\n") > MAX_MAPS:
+        jax.clear_caches()
+        gc.collect()
 
 
 @pytest.fixture(scope="session")
