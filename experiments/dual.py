@@ -5,7 +5,7 @@ client's private parameters first and its item table second, with the loss compu
 the item table that it has just tuned, not with the server's. Here each of the two can be seen alone: rows are the
 steps, columns the scoring.
 
-A row took five to twelve minutes a seed on two CPU cores that did other work too; GPU times were not measured.
+A row takes one to three minutes a seed on one CPU core; GPU times were not measured.
 """
 
 import dataclasses

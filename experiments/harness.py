@@ -107,7 +107,7 @@ def main(study: Study, argv: Sequence[str] | None) -> int:
     names = [row.name for row in study.rows]
     unknown = sorted(set(args.row or ()) - set(names))
     if unknown:
-        parser.error(f"there is no row {unknown[0]!r}; the rows are {', '.join(names)}.")
+        parser.error(f"there is no row {unknown[0]!r}; the rows are {'; '.join(names)}.")
     options = Options(args.data_dir, args.smoke)
     lines = [] if args.smoke else read_lines(study.name)
     for row in study.rows:
