@@ -42,7 +42,7 @@ from fedjax_rec.evaluation.protocol import PFEDREC_PAPER, STRICT_99
 from fedjax_rec.federated.cohort import Sampler, full_participation
 from fedjax_rec.federated.round import RoundKeys, make_rounds
 from fedjax_rec.federated.rows import is_rows
-from fedjax_rec.federated.transforms import UpdateTransform, chain
+from fedjax_rec.federated.transforms import UNBOUNDED, UpdateTransform, chain
 from fedjax_rec.models.popularity import dp_popularity, popularity_scorer
 from fedjax_rec.privacy import Ledger, calibrate_noise_multiplier
 from fedjax_rec.privacy.mechanisms import user_level_dp
@@ -114,7 +114,7 @@ def noise_for(epsilon: float, num_rounds: int) -> float:
 
 def spent(transforms: UpdateTransform, sampler: Sampler, num_rounds: int) -> dict | None:
     """The whole privacy statement of a training run, or None if its chain claims nothing."""
-    event = transforms.dp_event(None)
+    event = transforms.dp_event(UNBOUNDED, 0)
     if event is None:
         return None
     ledger = Ledger(relation=sampler.relation).record(

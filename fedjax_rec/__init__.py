@@ -40,10 +40,10 @@ from fedjax_rec.models.neural_cf import gmf, mlp, neumf
 
 # isort: split
 # Rounds: cohort, chain of update transforms, compiled training.
-from fedjax_rec.federated.cohort import Sampler, fixed_size, full_participation, poisson
+from fedjax_rec.federated.cohort import Sampler, fixed_size, full_participation, in_turn, poisson
 from fedjax_rec.federated.round import RoundKeys, Rounds, make_rounds
 from fedjax_rec.federated.rows import Rows
-from fedjax_rec.federated.transforms import UpdateTransform, chain
+from fedjax_rec.federated.transforms import UNBOUNDED, Bound, UpdateTransform, chain
 
 # isort: split
 # Privacy: mechanisms (links of the chain), accounting, ledger and budget.

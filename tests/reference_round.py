@@ -42,10 +42,10 @@ def reference_rounds(
     draw = jax.jit(lambda client, key: draw_epoch(client, negatives, batch_size, key).examples)
 
     def one_round(state, private, keys):
-        cohort_key, clients_key, _ = (jax.random.fold_in(key, state.round) for key in keys)
+        clients_key = jax.random.fold_in(keys.client, state.round)
         shared, losses = jax.device_get(state.shared), []
         total, private = jax.tree.map(np.zeros_like, shared), jax.tree.map(np.array, private)
-        for client_id in np.flatnonzero(sampler.draw(cohort_key)):
+        for client_id in np.flatnonzero(sampler.draw(keys.cohort, state.round)):
             client = one_by_one(clients)[client_id]
             train_key, _ = jax.random.split(jax.random.fold_in(clients_key, client_id))
             draw_key, loss_key = jax.random.split(train_key)

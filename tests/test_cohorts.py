@@ -51,7 +51,7 @@ def test_rare_clients_are_as_rare_as_the_event_says():
     num_clients, draws = 2**20, 300
     sampler = poisson(num_clients, cohort_size=2**-4)
     count = jax.jit(
-        lambda: jax.lax.map(lambda seed: sampler.draw(jax.random.key(seed)).sum(), jnp.arange(draws)).sum()
+        lambda: jax.lax.map(lambda seed: sampler.draw(jax.random.key(seed), 0).sum(), jnp.arange(draws)).sum()
     )()
     assert sampler.dp_event(dp_accounting.NoOpDpEvent()).sampling_probability == 2**-24
     expected = draws * 2**-4
@@ -65,7 +65,7 @@ def test_everyone_is_everyone():
 
 def test_the_same_key_draws_the_same_cohort_and_another_key_another():
     for sampler in (poisson(NUM_CLIENTS, cohort_size=COHORT_SIZE), fixed_size(NUM_CLIENTS, cohort_size=COHORT_SIZE)):
-        a, b, c = (np.asarray(sampler.draw(jax.random.key(seed))) for seed in (0, 0, 1))
+        a, b, c = (np.asarray(sampler.draw(jax.random.key(seed), 0)) for seed in (0, 0, 1))
         np.testing.assert_array_equal(a, b)
         assert np.any(a != c)
 

@@ -89,7 +89,7 @@ def test_the_withheld_item_is_found(name):
 @pytest.mark.parametrize("name", NAMES)
 def test_the_servers_state_has_no_client_axis(name):
     entry, rounds, sampler = made(name)
-    num_clients = len(sampler.draw(jax.random.key(0)))
+    num_clients = len(sampler.draw(jax.random.key(0), 0))
     (state, _), before, private = run(rounds)
     assert isinstance(state, ServerState)
     if not entry.algorithm.individual:
@@ -121,7 +121,7 @@ def test_clients_outside_the_cohort_have_no_influence_and_stay_as_they_are(name)
     entry, rounds, sampler = made(name)
     if entry.everyone:
         pytest.skip("all clients take part in each round")
-    outside = ~np.asarray(sampler.draw(jax.random.fold_in(keys().cohort, 0)))
+    outside = ~np.asarray(sampler.draw(keys().cohort, 0))
     assert 2 <= outside.sum() <= len(outside) - 2
 
     def others_are(value):
@@ -182,7 +182,7 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_stopped(name, tmp_path):
 @cache
 def cohorts():
     """Cohort keys by who takes part, for neighbouring cohorts."""
-    draw = jax.jit(jax.vmap(lambda seed: ragged().sampler.draw(jax.random.fold_in(jax.random.key(seed), 0))))
+    draw = jax.jit(jax.vmap(lambda seed: ragged().sampler.draw(jax.random.key(seed), 0)))
     masks = np.asarray(draw(jnp.arange(60_000)))
     return {tuple(mask): seed for seed, mask in enumerate(masks)}
 
@@ -198,7 +198,7 @@ def test_one_user_moves_the_sum_by_no_more_than_the_clip_norm_or_dp_is_refused(n
         with pytest.raises(ValueError, match=reason):
             make_rounds(algorithm, user_level_dp(l2_clip_norm=1.0, noise_multiplier=1.0), sampler, clients)
         return
-    assert rounds.dp_event is not None
+    assert rounds.private
     state, private, _ = rounds.run(*rounds.init(jax.random.key(0)), keys(), NUM_ROUNDS)
     state = state._replace(round=jnp.zeros((), jnp.int32))
 

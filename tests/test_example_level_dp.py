@@ -358,7 +358,7 @@ def test_private_silos_learn_and_only_shared_parameters_leave_them():
     state, private = rounds.init(jax.random.key(0))
     keys = RoundKeys(*jax.random.split(jax.random.key(1), 3))
     state, private, metrics = rounds.run(state, private, keys, 8)
-    assert rounds.dp_event is None  # the chain claims nothing; the silos' steps are charged by record_rounds
+    assert not rounds.private  # the chain claims nothing; the silos' steps are charged by record_rounds
     assert {leaf.shape for leaf in jax.tree.leaves(state.shared)} == {(20, 4), (20, 1)}
     assert private["user"].shape == (3, 16, 4)
     assert metrics["loss"][7] < 0.75 * metrics["loss"][0]

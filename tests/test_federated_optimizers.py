@@ -146,8 +146,8 @@ def drawn_examples(layout):
     draw = jax.jit(lambda client, key: draw_epoch(client, negatives, 3, key).examples)
     rounds = []
     for index in range(3):
-        cohort_key, clients_key, _ = (jax.random.fold_in(key, index) for key in keys())
-        cohort = np.flatnonzero(COHORTS.draw(cohort_key))
+        clients_key = jax.random.fold_in(keys().client, index)
+        cohort = np.flatnonzero(COHORTS.draw(keys().cohort, index))
         train_keys = [jax.random.split(jax.random.fold_in(clients_key, who))[0] for who in cohort]
         examples = [draw(population[w], jax.random.split(k)[0]) for w, k in zip(cohort, train_keys, strict=True)]
         rounds.append([(w, LENGTHS[w], jax.device_get(x)) for w, x in zip(cohort, examples, strict=True)])
@@ -308,7 +308,7 @@ def test_with_and_without_one_user(name):
         distances[user, index] = moved(*(pre_noise_sum(rounds, state, private, mask) for mask in masks))
     assert 0.99 * CLIP < distances.max() <= CLIP * (1 + 1e-5)
     assert np.all(distances[1] == 0)  # without data
-    assert rounds.dp_event is not None
+    assert rounds.private
 
 
 def test_refusals():

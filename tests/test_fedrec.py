@@ -265,7 +265,7 @@ def test_one_user_moves_the_sum_by_at_most_the_clip_norm(settings):
     clip, user, sums = 0.5, 3, []
     clients = rated(lists, ratings)
     sampler = poisson(clients.num_clients, cohort_size=3)
-    cohorts = jax.vmap(lambda seed: sampler.draw(jax.random.fold_in(jax.random.key(seed), 0)))(jnp.arange(2000))
+    cohorts = jax.vmap(lambda seed: sampler.draw(jax.random.key(seed), 0))(jnp.arange(2000))
     cohorts = [tuple(cohort) for cohort in np.asarray(cohorts).tolist()]
     present = next(cohort for cohort in cohorts if cohort[user] and sum(cohort) == 4)
     absent = tuple(taken and place != user for place, taken in enumerate(present))

@@ -19,7 +19,7 @@ from fedjax_rec.data.clients import client_data
 from fedjax_rec.evaluation.protocol import STRICT_99
 from fedjax_rec.federated.cohort import full_participation
 from fedjax_rec.federated.round import RoundKeys, make_rounds
-from fedjax_rec.federated.transforms import chain
+from fedjax_rec.federated.transforms import UNBOUNDED, chain
 from fedjax_rec.models.base import Shared
 from fedjax_rec.privacy import privacy_spent
 
@@ -65,7 +65,7 @@ def test_the_round_noises_every_row_and_no_client_sees_it_before_the_next(world)
     runs = []
     for transforms in (ldp.laplace(0.0, NUM_USERS, 1), ldp.laplace(SCALE, NUM_USERS, 1)):
         rounds = make_rounds(algorithm, transforms, sampler, clients, span_size=1)
-        assert rounds.dp_event is None
+        assert not rounds.private
         state, private, _ = rounds.run(*rounds.init(jax.random.key(0)), keys, 1)
         runs.append((np.asarray(state.shared.tables["item"]), jax.device_get(private), rounds.upload_bits))
     noise = (runs[1][0] - runs[0][0]).ravel()
@@ -97,7 +97,7 @@ def test_laplace_rows_have_no_event_and_no_epsilon(monkeypatch, capsys, tmp_path
         measured = row.run(0, Options(None, smoke=True))
         assert measured["privacy"] is None
         assert len(measured["values"]) == 2 * len(COLUMNS)
-    assert all(transforms.dp_event(None) is None for transforms in chains)
+    assert all(transforms.dp_event(UNBOUNDED, 0) is None for transforms in chains)
     assert len(chains) == 2 * len(rows)
     ldp.main(["--smoke"])
     shown = [line for line in capsys.readouterr().out.splitlines() if any(name in line for name in LAPLACE_NAMES)]
@@ -115,7 +115,7 @@ def test_the_stated_epsilon_is_that_of_the_real_rounds(world, epsilon):
     sampler = full_participation(NUM_USERS)
     transforms = ldp.private(epsilon, NUM_USERS, ldp.NUM_ROUNDS)
     rounds = make_rounds(build_pfedrec(interactions)[0], transforms, sampler, clients)
-    run = dp_accounting.SelfComposedDpEvent(rounds.dp_event, ldp.NUM_ROUNDS)
+    run = dp_accounting.SelfComposedDpEvent(*rounds.releases(0, ldp.NUM_ROUNDS)[0])
     accounted = privacy_spent(run, delta=ldp.DELTA, relation=rounds.relation, unit="user")
     stated = ldp.spent(transforms, sampler, ldp.NUM_ROUNDS)
     assert stated == {
@@ -127,7 +127,7 @@ def test_the_stated_epsilon_is_that_of_the_real_rounds(world, epsilon):
     }
     assert 0.99 * epsilon < stated["epsilon"] <= epsilon
     # A hundred Gaussians are one with a tenth of the noise multiplier (Balle and Wang, 2018).
-    one = dp_accounting.GaussianDpEvent(rounds.dp_event.noise_multiplier / math.sqrt(ldp.NUM_ROUNDS))
+    one = dp_accounting.GaussianDpEvent(rounds.releases(0, 1)[0][0].noise_multiplier / math.sqrt(ldp.NUM_ROUNDS))
     assert privacy_spent(one, delta=ldp.DELTA).epsilon == pytest.approx(stated["epsilon"], rel=2e-3)
     chains = {row.name: row.run.args[0] for row in ldp.STUDY.rows if isinstance(row.run.args[0], partial)}
     (name,) = (n for n, c in chains.items() if (c.func, c.args) == (ldp.private, (epsilon,)))

@@ -268,4 +268,4 @@ def test_it_runs_with_user_level_dp():
     algorithm = small_fedncf(MODELS["mlp"])
     dp = user_level_dp(l2_clip_norm=0.1, noise_multiplier=1.0)
     rounds = make_rounds(algorithm, dp, full_participation(7), population(), span_size=1)
-    assert rounds.dp_event.noise_multiplier == 1.0
+    assert rounds.releases(0, 1)[0][0].noise_multiplier == 1.0

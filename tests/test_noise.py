@@ -98,9 +98,10 @@ def test_scale_over_a_million_draws():
     assert abs(np.corrcoef(table.ravel()[:1_000_000], noise.dense["out"])[0, 1]) < 0.005
     assert abs(np.corrcoef(table[:-1].ravel(), table[1:].ravel())[0, 1]) < 0.005  # rows are independent
     assert abs(np.corrcoef(table[:, :-1].ravel(), table[:, 1:].ravel())[0, 1]) < 0.005  # and so are columns
-    assert rounds.dp_event == dp_accounting.PoissonSampledDpEvent(
+    event = dp_accounting.PoissonSampledDpEvent(
         expected_size / NUM_CLIENTS, dp_accounting.GaussianDpEvent(STDDEV / 2.0)
     )
+    assert rounds.releases(0, 3) == ((event, 3),)
 
 
 @pytest.mark.parametrize("shape", [(5,), (3, 7), (16_000, 32), (3_706, 64), (20_011, 8), (100_003,)])
@@ -168,9 +169,9 @@ def test_noise_is_added_once_and_divided_by_the_expected_cohort(sampler):
 
 def test_without_noise_nothing_is_claimed():
     rounds = small_rounds(chain(clip_by_global_norm(1.0)), full_participation(NUM_CLIENTS))
-    assert rounds.dp_event is None
+    assert not rounds.private
     rounds = small_rounds(user_level_dp(l2_clip_norm=1.0, noise_multiplier=0.0), full_participation(NUM_CLIENTS))
-    assert isinstance(rounds.dp_event, dp_accounting.NonPrivateDpEvent)
+    assert rounds.releases(0, 1) == ((dp_accounting.NonPrivateDpEvent(), 1),)
     assert not aggregate_of(rounds, keys()).tables["item"][2:].any()
 
 

@@ -240,7 +240,7 @@ def private_rounds(request):
 
 def cohorts():
     """Cohort keys by who takes part in the first round."""
-    draw = jax.jit(jax.vmap(lambda seed: SAMPLER.draw(jax.random.fold_in(jax.random.key(seed), 0))))
+    draw = jax.jit(jax.vmap(lambda seed: SAMPLER.draw(jax.random.key(seed), 0)))
     return {tuple(mask): seed for seed, mask in enumerate(np.asarray(draw(jnp.arange(5000))).tolist())}
 
 

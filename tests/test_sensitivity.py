@@ -44,7 +44,7 @@ def moved(a, b) -> float:
 
 def keys_of_every_cohort(sampler, num_clients):
     """A cohort key for each subset of clients: the same coins for all but one client are then one key and another."""
-    draw = jax.jit(jax.vmap(lambda seed: sampler.draw(jax.random.fold_in(jax.random.key(seed), 0))))
+    draw = jax.jit(jax.vmap(lambda seed: sampler.draw(jax.random.key(seed), 0)))
     masks = np.asarray(draw(jnp.arange(40 * 2**num_clients)))
     return {tuple(mask): seed for seed, mask in enumerate(masks)}
 

@@ -12,7 +12,7 @@ from fedjax_rec.data.clients import client_data_from_examples
 from fedjax_rec.federated.cohort import fixed_size, full_participation, poisson
 from fedjax_rec.federated.round import RoundKeys, make_rounds
 from fedjax_rec.federated.rows import Rows, to_dense
-from fedjax_rec.federated.transforms import UpdateTransform, chain, scale, select_update, update_bits
+from fedjax_rec.federated.transforms import UNBOUNDED, Bound, UpdateTransform, chain, scale, select_update, update_bits
 from fedjax_rec.models.matrix_factorization import linear_scorer, matrix_factorization
 from fedjax_rec.privacy.mechanisms import clip_by_global_norm, gaussian_noise, user_level_dp
 
@@ -38,27 +38,29 @@ def rounds(transforms=DP, sampler=None, data=None, method=None, **options):
 
 
 def test_the_event_is_stddev_over_clip():
-    assert DP.dp_event(None) == dp_accounting.GaussianDpEvent(2.0)
-    assert chain(clip_by_global_norm(4.0), gaussian_noise(1.0)).dp_event(None) == dp_accounting.GaussianDpEvent(0.25)
-    assert chain(clip_by_global_norm(4.0)).dp_event(None) is None
-    assert chain().dp_event(None) is None
+    assert DP.dp_event(UNBOUNDED, 0) == dp_accounting.GaussianDpEvent(2.0)
+    assert chain(clip_by_global_norm(4.0), gaussian_noise(1.0)).dp_event(UNBOUNDED, 0) == dp_accounting.GaussianDpEvent(
+        0.25
+    )
+    assert chain(clip_by_global_norm(4.0)).dp_event(UNBOUNDED, 0) is None
+    assert chain().dp_event(UNBOUNDED, 0) is None
 
 
 def test_every_link_before_the_noise_changes_the_bound_that_it_relies_on():
     tighter = chain(clip_by_global_norm(4.0), scale(-0.5), gaussian_noise(1.0))
-    assert tighter.dp_event(None) == dp_accounting.GaussianDpEvent(0.5)
+    assert tighter.dp_event(UNBOUNDED, 0) == dp_accounting.GaussianDpEvent(0.5)
     looser = chain(clip_by_global_norm(4.0), scale(10.0), gaussian_noise(1.0))
-    assert looser.dp_event(None) == dp_accounting.GaussianDpEvent(1 / 40)
-    assert chain(scale(3.0), clip_by_global_norm(2.0)).sensitivity(None) == 2.0
-    assert chain(clip_by_global_norm(2.0), scale(3.0)).sensitivity(None) == 6.0
-    assert scale(3.0).sensitivity(None) is None
+    assert looser.dp_event(UNBOUNDED, 0) == dp_accounting.GaussianDpEvent(1 / 40)
+    assert chain(scale(3.0), clip_by_global_norm(2.0)).sensitivity(UNBOUNDED) == Bound(l2=2.0)
+    assert chain(clip_by_global_norm(2.0), scale(3.0)).sensitivity(UNBOUNDED) == Bound(l2=6.0)
+    assert scale(3.0).sensitivity(UNBOUNDED) == UNBOUNDED
 
 
 def test_chains_compose():
     inner = chain(clip_by_global_norm(2.0), scale(0.5))
     outer = chain(chain(), inner, chain(), gaussian_noise(3.0))
-    assert outer.dp_event(None) == dp_accounting.GaussianDpEvent(3.0)
-    assert chain(clip_by_global_norm(2.0), chain(scale(3.0))).sensitivity(None) == 6.0
+    assert outer.dp_event(UNBOUNDED, 0) == dp_accounting.GaussianDpEvent(3.0)
+    assert chain(clip_by_global_norm(2.0), chain(scale(3.0))).sensitivity(UNBOUNDED) == Bound(l2=6.0)
 
 
 def test_links_run_left_to_right_on_clients_and_right_to_left_on_the_server():
@@ -116,7 +118,9 @@ def test_chains_without_a_meaning_refuse(links, words):
 
 
 def test_a_link_after_the_noise_may_lower_the_bound():
-    assert chain(DP, scale(0.5)).dp_event(None) == dp_accounting.GaussianDpEvent(2.0)  # an upper bound on what runs
+    assert chain(DP, scale(0.5)).dp_event(UNBOUNDED, 0) == dp_accounting.GaussianDpEvent(
+        2.0
+    )  # an upper bound on what runs
 
 
 @pytest.mark.parametrize("bad", [0.0, -1.0, np.inf, np.nan, 1e-30, 1e30])
@@ -139,13 +143,16 @@ def test_noise_out_of_range_refuses(bad):
 def test_the_rounds_event_is_the_samplers_of_the_chains():
     gaussian = dp_accounting.GaussianDpEvent(2.0)
     made = rounds(sampler=poisson(NUM_CLIENTS, cohort_size=3))
-    assert (made.dp_event, made.relation) == (dp_accounting.PoissonSampledDpEvent(0.75, gaussian), "add_or_remove_one")
+    assert (made.releases(0, 1)[0][0], made.relation) == (
+        dp_accounting.PoissonSampledDpEvent(0.75, gaussian),
+        "add_or_remove_one",
+    )
     made = rounds(sampler=fixed_size(NUM_CLIENTS, cohort_size=3))
     event = dp_accounting.SampledWithoutReplacementDpEvent(NUM_CLIENTS, 3, gaussian)
-    assert (made.dp_event, made.relation) == (event, "replace_one")
+    assert (made.releases(0, 1)[0][0], made.relation) == (event, "replace_one")
     made = rounds()
-    assert (made.dp_event, made.relation) == (gaussian, "add_or_remove_one")
-    assert rounds(chain(clip_by_global_norm(1.0))).dp_event is None
+    assert (made.releases(0, 1)[0][0], made.relation) == (gaussian, "add_or_remove_one")
+    assert not rounds(chain(clip_by_global_norm(1.0))).private
 
 
 def test_weights_without_a_public_bound_are_refused_with_dp():

@@ -28,7 +28,7 @@ def keys():
 
 def cohort():
     """bool ``[clients]`` of the first round."""
-    return np.asarray(SAMPLER.draw(jax.random.fold_in(keys().cohort, 0)))
+    return np.asarray(SAMPLER.draw(keys().cohort, 0))
 
 
 def population():

@@ -50,7 +50,7 @@ from fedjax_rec.data.clients import Examples
 from fedjax_rec.data.silos import Silo, draw_batch, draw_examples
 from fedjax_rec.federated.algorithm import Algorithm, ClientOutput, ServerState
 from fedjax_rec.federated.rows import Rows, add_to_total, take_rows, zero_total
-from fedjax_rec.federated.transforms import UpdateTransform, chain, scale_update, select_update
+from fedjax_rec.federated.transforms import UNBOUNDED, UpdateTransform, chain, scale_update, select_update
 from fedjax_rec.models.base import Model, Shared, View
 from fedjax_rec.privacy.ledger import Ledger
 from fedjax_rec.privacy.mechanisms import clip_by_global_norm, gaussian_noise
@@ -92,7 +92,7 @@ class ExampleLevelDp:
     @property
     def round_event(self) -> dp_accounting.DpEvent:
         """What one round releases about one example, add-or-remove-one: its silo's noised steps."""
-        step = dp_accounting.PoissonSampledDpEvent(self.sampling_prob, self.mechanism.dp_event(None))
+        step = dp_accounting.PoissonSampledDpEvent(self.sampling_prob, self.mechanism.dp_event(UNBOUNDED, 0))
         return dp_accounting.SelfComposedDpEvent(step, self.num_local_steps)
 
 

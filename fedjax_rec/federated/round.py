@@ -6,19 +6,21 @@ from the host.
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
-import dp_accounting
 import jax
 import jax.numpy as jnp
+from dp_accounting import NoOpDpEvent
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from fedjax_rec.data.clients import Client, ClientData
 from fedjax_rec.federated.algorithm import Algorithm, ServerState, all_private, client_key
 from fedjax_rec.federated.cohort import Sampler
+from fedjax_rec.federated.releases import Releases, check_pair, local_releases, releases
 from fedjax_rec.federated.rows import add_to_total, zero_total
-from fedjax_rec.federated.transforms import UpdateTransform, select_update, update_bits
+from fedjax_rec.federated.transforms import UNBOUNDED, UpdateTransform, select_update, update_bits
 
 # Small chunks stay in the cache of a CPU; accelerators want the opposite. Measured by `python -m benchmarks.round`.
 CHUNK_SIZE = {"cpu": 4}
@@ -61,18 +63,45 @@ class Rounds(NamedTuple):
       run: ``(state, private, keys, num_rounds) -> (state, private, metrics)``. ``state`` and ``private`` are donated.
         ``num_rounds`` is at most ``span_size``; any number of them is one program, compiled once. Metrics are
         float32 ``[span_size]`` each, NaN past ``num_rounds``.
-      dp_event: the event of one round, or None if the chain adds no noise.
-      relation: the neighbouring relation that the event is for.
+      releases: ``releases(first_round, num_rounds) -> ((event, count), ...)``, what those rounds release, sampling
+        included, equal rounds in a row counted together; empty if the chain adds no noise.
+      local_releases: the same for what one client sends in those rounds, if clients add noise of their own: about that
+        client's data alone, under replace-one, and not amplified by anything.
+      relation: the neighbouring relation that ``releases`` is for.
+      sampler: the name of who drew the cohorts.
       upload_bits: mean bits that a client sends in a round, padding included.
       download_bits: mean bits of the rows and dense leaves that a client receives.
     """
 
     init: Callable[[jax.Array], tuple[ServerState, Any]]
     run: Callable[[ServerState, Any, RoundKeys, int], tuple[ServerState, Any, dict[str, jax.Array]]]
-    dp_event: dp_accounting.DpEvent | None
+    releases: Callable[[int, int], Releases]
+    local_releases: Callable[[int, int], Releases]
     relation: str
+    sampler: str
     upload_bits: float
     download_bits: float
+
+    @property
+    def private(self) -> bool:
+        """Whether the chain adds noise to the sum."""
+        return bool(self.releases(0, 1))
+
+    def charge(self, ledger: Any, *, first_round: int, num_rounds: int, phase: str = "training") -> Any:
+        """A `Ledger` with what those rounds release; ``first_round`` counts from 0, as ``state.round`` does."""
+        for event, count in self.releases(first_round, num_rounds):
+            if isinstance(event, NoOpDpEvent):  # rounds of a turn that is charged already
+                continue
+            ledger = ledger.record(
+                event,
+                phase=phase,
+                released="noised sum of clipped client updates",
+                sampler=self.sampler,
+                count=count,
+                unit="user",
+                relation=self.relation,
+            )
+        return ledger
 
 
 def make_rounds(
@@ -99,8 +128,8 @@ def make_rounds(
     Raises:
       ValueError: if the parts do not fit together; the message says which and why.
     """
-    dp_event = transforms.dp_event(None)
-    _check(algorithm, dp_event, sampler, clients, mesh)
+    check_pair(transforms, sampler)
+    _check(algorithm, transforms.dp_event(UNBOUNDED, 0), sampler, clients, mesh)
     if mesh is not None:
         mesh = Mesh(mesh.devices, mesh.axis_names, axis_types=(AxisType.Auto,))  # the compiler places server tables
         replicated, by_client = NamedSharding(mesh, P()), NamedSharding(mesh, P("clients"))
@@ -144,8 +173,8 @@ def make_rounds(
         )
 
     def one_round(state, private, buckets, keys):
-        cohort_key, clients_key, noise_key = (jax.random.fold_in(key, state.round) for key in keys)
-        in_cohort = sampler.draw(cohort_key)
+        clients_key, noise_key = (jax.random.fold_in(key, state.round) for key in (keys.client, keys.noise))
+        in_cohort = sampler.draw(keys.cohort, state.round)
         (total, metrics), private = cohort_sum(state, private, buckets, in_cohort, clients_key)
         total, transform_state = transforms.server(total, state.transforms, noise_key)
         aggregate = jax.tree.map(lambda x: x / sampler.expected_size, total)
@@ -176,8 +205,16 @@ def make_rounds(
         return compiled(state, private, buckets, keys, jnp.asarray(num_rounds, jnp.int32))
 
     upload_bits, download_bits = _traffic(algorithm, transforms, clients)
-    event = None if dp_event is None else sampler.dp_event(dp_event)
-    return Rounds(init, run, event, sampler.relation, upload_bits, download_bits)
+    return Rounds(
+        init,
+        run,
+        partial(releases, transforms, sampler),
+        partial(local_releases, transforms),
+        sampler.relation,
+        sampler.name,
+        upload_bits,
+        download_bits,
+    )
 
 
 def _one_client(algorithm, transforms, state, private, client: Client, num_steps, key):
@@ -262,7 +299,7 @@ def _traffic(algorithm, transforms, clients: ClientData) -> tuple[float, float]:
 
 
 def _check(algorithm, dp_event, sampler, clients, mesh) -> None:
-    (num_sampled,) = jax.eval_shape(sampler.draw, jax.random.key(0)).shape
+    (num_sampled,) = jax.eval_shape(sampler.draw, jax.random.key(0), 0).shape
     if num_sampled != clients.num_clients:
         raise ValueError(f"The sampler draws from {num_sampled} clients and the population has {clients.num_clients}.")
     shards = 1 if mesh is None else mesh.shape["clients"]

@@ -6,6 +6,7 @@ wire, so epsilon and communication cost are computed from the chain that really 
 """
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -16,6 +17,33 @@ import jax.numpy as jnp
 from fedjax_rec.federated.rows import is_rows
 
 Metrics = dict[str, jax.Array]
+
+
+class Bound(NamedTuple):
+    """What one client's update cannot exceed, whatever its data; norms are joint, over row values and dense leaves.
+
+    Attributes:
+      l1: L1 norm, infinite if nothing bounds it.
+      l2: L2 norm, infinite if nothing bounds it.
+      noised: True once the client has added noise of its own to an update within these norms. That noise is the same
+        for any data, so replacing a client's data still moves a sum by at most twice the norms; but who is removed
+        takes its noise along, so a central guarantee then holds under replace-one only.
+    """
+
+    l1: float = math.inf
+    l2: float = math.inf
+    noised: bool = False
+
+    def scaled(self, factor: float) -> "Bound":
+        """The bound of ``factor`` times the update."""
+        return self._replace(l1=abs(factor) * self.l1, l2=abs(factor) * self.l2)
+
+    def within(self, other: "Bound") -> bool:
+        """Whether every update in this bound is in the other."""
+        return self.l1 <= other.l1 and self.l2 <= other.l2 and self.noised <= other.noised
+
+
+UNBOUNDED = Bound()
 
 
 def _no_init(params):
@@ -41,8 +69,11 @@ class UpdateTransform(NamedTuple):
       client: ``client(update, state, key) -> (update, metrics)`` for one client. Metrics are scalars that are
         averaged over the cohort for the person who runs the simulation; no epsilon covers them.
       server: ``server(total, state, key) -> (total, state)`` on the sum over clients; ``key`` is the noise key.
-      sensitivity: maps the L2 norm bound of a client's update before the link to the bound after it; None = unbounded.
-      dp_event: maps the bound at the link to the event of what its ``server`` releases; None = it protects nothing.
+      sensitivity: maps the `Bound` of a client's update before the link to the bound after it.
+      dp_event: ``dp_event(bound, round_index)``, the event of what its ``server`` releases in that round (the first is
+        0), where the update is within the bound; None = it protects nothing. All rounds or none have an event.
+      local_dp_event: the same for what one client sends after the link, about that client's data alone.
+      min_separation: the event holds for clients that take part at most once in any so many rounds in a row.
       upload_bits: maps (bits before, update) to the bits that one client sends after the link.
       linear: whether the link commutes with the sum, as secure aggregation needs.
     """
@@ -50,8 +81,10 @@ class UpdateTransform(NamedTuple):
     init: Callable[[Any], Any] = _no_init
     client: Callable[[Any, Any, jax.Array], tuple[Any, Metrics]] = _same_client
     server: Callable[[Any, Any, jax.Array], tuple[Any, Any]] = _same_server
-    sensitivity: Callable[[float | None], float | None] = lambda bound: bound
-    dp_event: Callable[[float | None], dp_accounting.DpEvent | None] = lambda bound: None
+    sensitivity: Callable[[Bound], Bound] = lambda bound: bound
+    dp_event: Callable[[Bound, int], dp_accounting.DpEvent | None] = lambda bound, round_index: None
+    local_dp_event: Callable[[Bound, int], dp_accounting.DpEvent | None] = lambda bound, round_index: None
+    min_separation: int = 1
     upload_bits: Callable[[float, Any], float] = lambda bits, update: bits
     linear: bool = True
 
@@ -60,20 +93,37 @@ def chain(*links: UpdateTransform) -> UpdateTransform:
     """Composes links: clients run them left to right, the server right to left.
 
     Raises:
-      ValueError: if a link needs a sensitivity bound that no earlier link gives, if two links add noise (a chain
-        makes one release per round, so that one event describes it), or if a link after the noise raises the bound.
+      ValueError: if a link needs a sensitivity bound that no earlier link gives, if two links add noise on the server,
+        or two on the client (a chain makes one release per round, so that one event describes it), or if a link after
+        the server's noise raises the bound.
     """
-    bounds: list[float | None] = [None]
-    for link in links:
-        bounds.append(link.sensitivity(bounds[-1]))
-    events = [link.dp_event(bound) for link, bound in zip(links, bounds[1:], strict=True)]
-    released = [event for event in events if event is not None]
-    if len(released) > 1:
-        raise ValueError(f"{len(released)} links of this chain add noise; use one, with all of the noise in it.")
-    for index, event in enumerate(events):
+
+    def bounds_from(bound):
+        bounds = [bound]
+        for link in links:
+            bounds.append(link.sensitivity(bounds[-1]))
+        return bounds
+
+    def only_event(kind, bound, round_index):
+        bounds = bounds_from(bound)[1:]
+        events = [getattr(link, kind)(b, round_index) for link, b in zip(links, bounds, strict=True)]
+        released = [index for index, event in enumerate(events) if event is not None]
+        if len(released) > 1:
+            raise ValueError(f"{len(released)} links of this chain add noise; use one, with all of the noise in it.")
+        return (released[0], events[released[0]]) if released else (None, None)
+
+    def dp_event(bound, round_index):
+        return only_event("dp_event", bound, round_index)[1]
+
+    def local_dp_event(bound, round_index):
+        return only_event("local_dp_event", bound, round_index)[1]
+
+    local_dp_event(UNBOUNDED, 0)
+    noisy, event = only_event("dp_event", UNBOUNDED, 0)
+    if event is not None and not isinstance(event, dp_accounting.NonPrivateDpEvent):
         # Clients run every link before the server adds noise, so a later link could undo the bound that it relies on.
-        bound, later = bounds[index + 1], bounds[index + 2 :]
-        if event is not None and bound is not None and any(b is None or b > bound for b in later):
+        bound, *later = bounds_from(UNBOUNDED)[noisy + 1 :]
+        if not all(b.within(bound) for b in later):
             raise ValueError(f"A link after the noise raises the bound from {bound} to {later}; put the noise last.")
 
     def init(params):
@@ -92,11 +142,6 @@ def chain(*links: UpdateTransform) -> UpdateTransform:
             total, states[index] = links[index].server(total, state[index], jax.random.fold_in(key, index))
         return total, tuple(states)
 
-    def sensitivity(bound):
-        for link in links:
-            bound = link.sensitivity(bound)
-        return bound
-
     def upload_bits(bits, update):
         for link in links:
             bits = link.upload_bits(bits, update)
@@ -106,8 +151,10 @@ def chain(*links: UpdateTransform) -> UpdateTransform:
         init=init,
         client=client,
         server=server,
-        sensitivity=sensitivity,
-        dp_event=lambda bound: released[0] if released else None,
+        sensitivity=lambda bound: bounds_from(bound)[-1],
+        dp_event=dp_event,
+        local_dp_event=local_dp_event,
+        min_separation=max((link.min_separation for link in links), default=1),
         upload_bits=upload_bits,
         linear=all(link.linear for link in links),
     )
@@ -133,7 +180,7 @@ def scale(factor: float) -> UpdateTransform:
         del state, key
         return scale_update(update, factor), {}
 
-    return UpdateTransform(client=client, sensitivity=lambda bound: None if bound is None else abs(factor) * bound)
+    return UpdateTransform(client=client, sensitivity=lambda bound: bound.scaled(factor))
 
 
 def scale_update(update: Any, factor: jax.Array | float) -> Any:

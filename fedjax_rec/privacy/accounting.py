@@ -171,6 +171,17 @@ def choose_accountant(terms: Terms, *, delta: float, relation: str, accountant: 
     raise ValueError(f"{accountant} does not apply to {' + '.join(describe(e) for e, _ in terms)} under {relation}.")
 
 
+def check_supported(event: DpEvent, *, relation: str) -> None:
+    """Returns if some accountant has a bound for the event.
+
+    Raises:
+      ValueError: a sentence that names the release that has none, and the way out.
+    """
+    terms = flatten(event)
+    if trivial_epsilon(terms) is None:
+        choose_accountant(terms, delta=0.5, relation=relation)
+
+
 def _no_accountant_sentence(not_pld: list[DpEvent], not_rdp: list[DpEvent], relation: str) -> str:
     culprit = next((event for event in not_pld if event in not_rdp), None)
     if culprit is None:

@@ -1,7 +1,7 @@
 """Epsilon as a function of the number of rounds, for progress bars and plots."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from dp_accounting import dp_event
@@ -49,6 +49,52 @@ def epsilon_curve(
     points, places = np.unique(counts, return_inverse=True)
     before = flatten(prior) if prior is not None else ()
     return _epsilons(flatten(event_per_round), before, [int(n) for n in points], delta, relation)[places]
+
+
+def epsilon_after(
+    releases: Callable[[int, int], Sequence[tuple[DpEvent, int]]],
+    rounds: Sequence[int],
+    *,
+    delta: float,
+    relation: str = "add_or_remove_one",
+    prior: DpEvent | None = None,
+) -> np.ndarray:
+    """Epsilon after each of several numbers of rounds, where rounds may differ (noise schedules, cohorts in turn).
+
+    Args:
+      releases: of `Rounds`: ``(first_round, num_rounds) -> ((event, count), ...)``.
+      rounds: numbers of rounds, at least 0, ascending.
+      delta: in (0, 1).
+      relation: as in ``privacy_spent``.
+      prior: what was released before the first of these rounds, or None.
+
+    Returns:
+      float64 ``[len(rounds)]``, each an upper bound.
+    """
+    every = releases(0, rounds[-1])
+    if len(every) == 1 and every[0][1] == rounds[-1]:  # all alike
+        return epsilon_curve(every[0][0], rounds, delta=delta, relation=relation, prior=prior)
+    before = [prior] if prior is not None else []
+
+    def run(first: int, last: int) -> list[DpEvent]:
+        return [dp_event.SelfComposedDpEvent(event, count) for event, count in releases(first, last - first)]
+
+    last = flatten(dp_event.ComposedDpEvent([*before, *run(0, rounds[-1])]))
+    trivial = accounting.trivial_epsilon(last)
+    if trivial is not None:
+        return np.full(len(rounds), trivial)
+    if accounting.choose_accountant(last, delta=delta, relation=relation) != accounting.PLD:
+        joint = [dp_event.ComposedDpEvent([*before, *run(0, n)]) for n in rounds]
+        return np.array([accounting.privacy_spent(event, delta=delta, relation=relation).epsilon for event in joint])
+    interval = accounting.coarse_interval(accounting.rough_epsilon(last, delta=delta, relation=relation)) / 2
+    total, done, epsilons = accounting.composed_pld(flatten(prior) if before else (), relation, interval), 0, []
+    for n in rounds:
+        total = total.compose(
+            accounting.composed_pld(flatten(dp_event.ComposedDpEvent(run(done, n))), relation, interval)
+        )
+        epsilons.append(total.get_epsilon_for_delta(delta))
+        done = n
+    return np.array(epsilons)
 
 
 def _epsilons(one: Terms, before: Terms, points: list[int], delta: float, relation: str) -> np.ndarray:

@@ -4,12 +4,14 @@
 under adding or removing one client; the noise is drawn once on the whole sum, whoever took part.
 """
 
+import math
+
 import dp_accounting
 import jax
 import jax.numpy as jnp
 
 from fedjax_rec.federated.rows import is_rows, merge_duplicates
-from fedjax_rec.federated.transforms import UpdateTransform, chain, scale_update, select_update
+from fedjax_rec.federated.transforms import Bound, UpdateTransform, chain, scale_update, select_update
 from fedjax_rec.privacy.noise import standard_normal
 
 
@@ -51,7 +53,11 @@ def clip_by_global_norm(l2_clip_norm: float) -> UpdateTransform:
         metrics = {"clipped": (finite & clipped).astype(jnp.float32), "nonfinite": (~finite).astype(jnp.float32)}
         return update, metrics | {"update_norm": jnp.where(finite, norm, 0.0)}
 
-    return UpdateTransform(client=client, sensitivity=lambda bound: l2_clip_norm)
+    def sensitivity(bound):
+        # What a client sent with noise of its own is clipped like any update, and its bound is of the data only.
+        return Bound(l2=l2_clip_norm) if bound.noised else Bound(bound.l1, min(bound.l2, l2_clip_norm))
+
+    return UpdateTransform(client=client, sensitivity=sensitivity)
 
 
 def gaussian_noise(stddev: float) -> UpdateTransform:
@@ -76,12 +82,13 @@ def gaussian_noise(stddev: float) -> UpdateTransform:
         noised = [leaf + stddev * standard_normal(k, leaf.shape) for leaf, k in zip(leaves, keys, strict=True)]
         return jax.tree.unflatten(structure, noised), state
 
-    def dp_event(bound):
+    def dp_event(bound, round_index):
+        del round_index
         if stddev == 0:
             return dp_accounting.NonPrivateDpEvent()
-        if bound is None:
+        if bound.l2 == math.inf:
             raise ValueError("gaussian_noise needs an earlier link that bounds the update: put a clip before it.")
-        return dp_accounting.GaussianDpEvent(stddev / bound)
+        return dp_accounting.GaussianDpEvent(stddev / bound.l2)
 
     return UpdateTransform(server=server, dp_event=dp_event)
 

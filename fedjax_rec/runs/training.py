@@ -14,7 +14,7 @@ from fedjax_rec.evaluation.exact import Evaluation, evaluate
 from fedjax_rec.evaluation.heldout import cases
 from fedjax_rec.evaluation.scorers import client_scorer
 from fedjax_rec.federated.round import RoundKeys
-from fedjax_rec.privacy.curve import epsilon_curve
+from fedjax_rec.privacy.curve import epsilon_after
 from fedjax_rec.privacy.ledger import Ledger
 from fedjax_rec.runs import checkpoint, directory
 from fedjax_rec.runs.config import TrainConfig, differences, from_dict, to_dict
@@ -97,7 +97,7 @@ def train(
         span_seconds.append((time.perf_counter() - start) / span)
         number = progress["round"] + span
         if plan is not None:
-            ledger = _charge(ledger, experiment, span)
+            ledger = experiment.rounds.charge(ledger, first_round=number - span, num_rounds=span)
         validation = evaluate_part(experiment, state, private, "validation").values
         improved = validation[METRIC] > progress["best"]
         progress = {
@@ -158,26 +158,14 @@ def _check_finite(loss: float | None, parameters: Any) -> None:
         )
 
 
-def _charge(ledger: Ledger, experiment: Experiment, rounds: int) -> Ledger:
-    return ledger.record(
-        experiment.rounds.dp_event,
-        phase="training",
-        released="noised sum of clipped client updates",
-        sampler=experiment.sampler.name,
-        count=rounds,
-        unit="user",
-        relation=experiment.rounds.relation,
-    )
-
-
 def _epsilons(experiment: Experiment) -> dict[int, float | None]:
     """Epsilon after every round that is logged."""
     plan, config = experiment.privacy, experiment.config
     if plan is None:
         return {}
     points = sorted({*range(config.eval_every, experiment.num_rounds + 1, config.eval_every), experiment.num_rounds})
-    epsilons = epsilon_curve(
-        experiment.rounds.dp_event,
+    epsilons = epsilon_after(
+        experiment.rounds.releases,
         points,
         delta=plan.delta,
         relation=experiment.rounds.relation,
