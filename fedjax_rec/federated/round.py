@@ -71,6 +71,7 @@ class Rounds(NamedTuple):
       sampler: the name of who drew the cohorts.
       upload_bits: mean bits that a client sends in a round, padding included.
       download_bits: mean bits of the rows and dense leaves that a client receives.
+      local_unit: "user" or "example": whose change ``local_releases`` is about.
     """
 
     init: Callable[[jax.Array], tuple[ServerState, Any]]
@@ -81,6 +82,7 @@ class Rounds(NamedTuple):
     sampler: str
     upload_bits: float
     download_bits: float
+    local_unit: str = "user"
 
     @property
     def private(self) -> bool:
@@ -214,6 +216,7 @@ def make_rounds(
         sampler.name,
         upload_bits,
         download_bits,
+        transforms.local_unit,
     )
 
 

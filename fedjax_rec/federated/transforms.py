@@ -73,6 +73,7 @@ class UpdateTransform(NamedTuple):
       dp_event: ``dp_event(bound, round_index)``, the event of what its ``server`` releases in that round (the first is
         0), where the update is within the bound; None = it protects nothing. All rounds or none have an event.
       local_dp_event: the same for what one client sends after the link, about that client's data alone.
+      local_unit: whose change ``local_dp_event`` is about: "user", all of that data, or "example", one interaction.
       min_separation: the event holds for clients that take part at most once in any so many rounds in a row.
       upload_bits: maps (bits before, update) to the bits that one client sends after the link.
       linear: whether the link commutes with the sum, as secure aggregation needs.
@@ -84,6 +85,7 @@ class UpdateTransform(NamedTuple):
     sensitivity: Callable[[Bound], Bound] = lambda bound: bound
     dp_event: Callable[[Bound, int], dp_accounting.DpEvent | None] = lambda bound, round_index: None
     local_dp_event: Callable[[Bound, int], dp_accounting.DpEvent | None] = lambda bound, round_index: None
+    local_unit: str = "user"
     min_separation: int = 1
     upload_bits: Callable[[float, Any], float] = lambda bits, update: bits
     linear: bool = True
@@ -154,6 +156,7 @@ def chain(*links: UpdateTransform) -> UpdateTransform:
         sensitivity=lambda bound: bounds_from(bound)[-1],
         dp_event=dp_event,
         local_dp_event=local_dp_event,
+        local_unit="example" if any(link.local_unit == "example" for link in links) else "user",
         min_separation=max((link.min_separation for link in links), default=1),
         upload_bits=upload_bits,
         linear=all(link.linear for link in links),
