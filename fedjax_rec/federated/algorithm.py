@@ -54,6 +54,7 @@ class Algorithm(NamedTuple):
         expected cohort size.
       individual: True if the server needs single uploads; then neither a secure sum nor central DP applies.
       no_dp: a sentence that says why DP is refused and what to change, or nothing.
+      takes_rows: whether the aggregate of a table may be a `Rows`, zero elsewhere; else it is written out as the table.
     """
 
     init: Callable[[jax.Array], ServerState]
@@ -63,6 +64,7 @@ class Algorithm(NamedTuple):
     server_update: Callable[[ServerState, Any], ServerState]
     individual: bool = False
     no_dp: str = ""
+    takes_rows: bool = False
 
 
 def client_key(key: jax.Array, client_id: jax.Array) -> jax.Array:
