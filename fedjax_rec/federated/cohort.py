@@ -135,11 +135,11 @@ def in_turn(num_clients: int, *, num_groups: int, sampling_prob: float = 1.0) ->
     """Fixed groups that take turns: round t is for the clients whose id is t modulo ``num_groups``.
 
     Who takes part depends on no data and, with ``sampling_prob`` 1, on no secret: nothing is assumed about sampling. A
-    client takes part at most once in ``num_groups`` rounds, so T rounds cost it ceil(T / num_groups) releases, and noise
-    may be correlated over the rounds between (Choquette-Choo et al., 2023, "Multi-Epoch Matrix Factorization Mechanisms
-    for Private Machine Learning"). Below 1, each client of the group takes part independently with that probability,
-    which amplifies each of these releases (Choquette-Choo et al., 2023, "(Amplified) Banded Matrix Factorization: A
-    unified approach to private training", Theorem 3).
+    client takes part at most once in ``num_groups`` rounds, so T rounds cost it ceil(T / num_groups) releases, and the
+    noise of the rounds between may be correlated (Choquette-Choo et al., 2023, "Multi-Epoch Matrix Factorization
+    Mechanisms for Private Machine Learning"). Below 1, each client of the group takes part independently with that
+    probability, which amplifies each of these releases (Choquette-Choo et al., 2023, "(Amplified) Banded Matrix
+    Factorization: A unified approach to private training").
 
     Args:
       num_clients: clients in the population.

@@ -2,7 +2,7 @@
 
 import itertools
 
-from dp_accounting import NoOpDpEvent, NonPrivateDpEvent
+from dp_accounting import NonPrivateDpEvent, NoOpDpEvent
 from dp_accounting.dp_event import DpEvent
 
 from fedjax_rec.federated.cohort import Sampler

@@ -20,6 +20,7 @@ from fedjax_rec.federated.algorithm import Algorithm, ServerState, all_private, 
 from fedjax_rec.federated.cohort import Sampler
 from fedjax_rec.federated.releases import Releases, check_pair, local_releases, releases
 from fedjax_rec.federated.rows import add_to_total, zero_total
+from fedjax_rec.federated.sparse_server import as_tables, divide
 from fedjax_rec.federated.transforms import UNBOUNDED, UpdateTransform, select_update, update_bits
 
 # Small chunks stay in the cache of a CPU; accelerators want the opposite. Measured by `python -m benchmarks.round`.
@@ -62,7 +63,8 @@ class Rounds(NamedTuple):
       init: ``key -> (ServerState, private)``; private leaves have a leading ``[clients]`` axis.
       run: ``(state, private, keys, num_rounds) -> (state, private, metrics)``. ``state`` and ``private`` are donated.
         ``num_rounds`` is at most ``span_size``; any number of them is one program, compiled once. Metrics are
-        float32 ``[span_size]`` each, NaN past ``num_rounds``.
+        float32 ``[span_size]`` each, NaN past ``num_rounds``. ``population=`` takes other clients than those that the
+        rounds were made for, as buckets of the same shapes; then one compiled program serves many populations.
       releases: ``releases(first_round, num_rounds) -> ((event, count), ...)``, what those rounds release, sampling
         included, equal rounds in a row counted together; empty if the chain adds no noise.
       local_releases: the same for what one client sends in those rounds, if clients add noise of their own: about that
@@ -75,7 +77,7 @@ class Rounds(NamedTuple):
     """
 
     init: Callable[[jax.Array], tuple[ServerState, Any]]
-    run: Callable[[ServerState, Any, RoundKeys, int], tuple[ServerState, Any, dict[str, jax.Array]]]
+    run: Callable[..., tuple[ServerState, Any, dict[str, jax.Array]]]
     releases: Callable[[int, int], Releases]
     local_releases: Callable[[int, int], Releases]
     relation: str
@@ -179,7 +181,7 @@ def make_rounds(
         in_cohort = sampler.draw(keys.cohort, state.round)
         (total, metrics), private = cohort_sum(state, private, buckets, in_cohort, clients_key)
         total, transform_state = transforms.server(total, state.transforms, noise_key)
-        aggregate = jax.tree.map(lambda x: x / sampler.expected_size, total)
+        aggregate = divide(total if algorithm.takes_rows else as_tables(total), sampler.expected_size)
         state = algorithm.server_update(state, aggregate)
         state = state._replace(round=state.round + 1, transforms=transform_state)
         cohort_size = in_cohort.sum().astype(jnp.float32)
@@ -201,10 +203,11 @@ def make_rounds(
     placed = {} if mesh is None else {"out_shardings": (replicated, by_client, replicated)}
     compiled = jax.jit(span, donate_argnums=(0, 1), compiler_options=_compiler_options(), **placed)
 
-    def run(state, private, keys, num_rounds=1):
+    def run(state, private, keys, num_rounds=1, *, population=None):
         if not 1 <= num_rounds <= span_size:
             raise ValueError(f"num_rounds must be between 1 and span_size={span_size}; got {num_rounds}.")
-        return compiled(state, private, buckets, keys, jnp.asarray(num_rounds, jnp.int32))
+        data = buckets if population is None else population
+        return compiled(state, private, data, keys, jnp.asarray(num_rounds, jnp.int32))
 
     upload_bits, download_bits = _traffic(algorithm, transforms, clients)
     return Rounds(
