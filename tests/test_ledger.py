@@ -24,6 +24,7 @@ from hypothesis import strategies as st
 from fedjax_rec.privacy.accounting import privacy_spent
 from fedjax_rec.privacy.events import EVENT_TYPES, describe, from_dict, to_dict
 from fedjax_rec.privacy.ledger import Budget, BudgetExceeded, Ledger, affordable_rounds
+from fedjax_rec.privacy.skellam import SkellamDpEvent
 
 ROUND = PoissonSampledDpEvent(256 / 6040, GaussianDpEvent(1.2))
 
@@ -38,6 +39,7 @@ leaves = st.one_of(
     st.builds(DiscreteLaplaceDpEvent, positive, whole),
     st.builds(RandomizedResponseDpEvent, probability, whole),
     st.builds(ZCDpEvent, positive, positive),
+    st.builds(SkellamDpEvent, positive, positive, positive),
     st.builds(TruncatedSubsampledGaussianDpEvent, whole, probability, whole, positive),
 )
 events = st.recursive(

@@ -26,6 +26,7 @@ from dp_accounting.rdp import RdpAccountant, compute_epsilon
 from dp_accounting.rdp.rdp_privacy_accountant import DEFAULT_RDP_ORDERS
 
 from fedjax_rec.privacy.events import Terms, describe, flatten
+from fedjax_rec.privacy.skellam import SkellamDpEvent, doubled, skellam_rdp
 
 RELATIONS = {"add_or_remove_one": "adding or removing", "replace_one": "replacing"}
 """Neighbouring relations, and the verb of each."""
@@ -136,7 +137,7 @@ def privacy_spent(
         epsilon = _refined_pld_epsilon(terms, delta, relation) if accountant == PLD else math.inf
         if accountant == RDP or (not forced and beyond_pld(epsilon, terms, relation)):
             accountant = RDP
-            epsilon = rdp_epsilon(rdp_accountant(terms, relation).rdp, DEFAULT_RDP_ORDERS, delta)
+            epsilon = rdp_epsilon(rdp(terms, relation), DEFAULT_RDP_ORDERS, delta)
     return PrivacySpent(float(epsilon), delta, accountant, unit, relation)
 
 
@@ -195,7 +196,10 @@ def _no_accountant_sentence(not_pld: list[DpEvent], not_rdp: list[DpEvent], rela
         case dp_event.RandomizedResponseDpEvent() if relation != "replace_one":
             advice = "A report is always sent, so randomized response compares two values: use relation='replace_one'."
         case dp_event.PoissonSampledDpEvent() | dp_event.SampledWithoutReplacementDpEvent():
-            advice = "Sampling has a bound around one Gaussian (Laplace: Poisson, add_or_remove_one); use that."
+            advice = (
+                "Sampling has a bound around one Gaussian (Laplace: Poisson, add_or_remove_one); use that, or cohorts "
+                "without sampling, full_participation or in_turn."
+            )
         case _:
             advice = "Try the other neighbouring relation, or another mechanism."
     return f"No accountant has a bound for {describe(culprit)} under {relation}. {advice}"
@@ -210,6 +214,8 @@ def _doubled(event: DpEvent) -> DpEvent:
             return attr.evolve(event, sensitivity=event.sensitivity * 2)
         case dp_event.ZCDpEvent():  # group privacy for two: Bun and Steinke (2016)
             return dp_event.ZCDpEvent(rho=4 * event.rho, xi=3 * event.xi)
+        case SkellamDpEvent():
+            return doubled(event)
         case dp_event.SampledWithoutReplacementDpEvent() | dp_event.RepeatAndSelectDpEvent():
             return attr.evolve(event, event=_doubled(event.event))
         case dp_event.SelfComposedDpEvent():
@@ -235,7 +241,7 @@ def _pld_supports(event: DpEvent, relation: str) -> bool:
 
 def _rdp_supports(event: DpEvent, relation: str) -> bool:
     neighbors = _REPLACE if relation == "replace_one" else _ADD_OR_REMOVE
-    return RdpAccountant(neighboring_relation=neighbors).supports(event)
+    return isinstance(event, SkellamDpEvent) or RdpAccountant(neighboring_relation=neighbors).supports(event)
 
 
 def _single_pld(event: DpEvent, relation: str, interval: float) -> PrivacyLossDistribution:
@@ -325,17 +331,22 @@ def analytic_epsilon(terms: Terms, delta: float, relation: str) -> float:
         return get_epsilon_gaussian(event.noise_multiplier, delta)
 
 
-def rdp_accountant(terms: Terms, relation: str, orders: Sequence[float] | None = None) -> RdpAccountant:
-    """A Renyi accountant that has composed ``terms``, sensitivities doubled under "replace_one"."""
+def rdp(terms: Terms, relation: str, orders: Sequence[float] = DEFAULT_RDP_ORDERS) -> np.ndarray:
+    """Renyi divergences ``[orders]`` of a whole composition, sensitivities doubled under "replace_one"."""
     accountant = RdpAccountant(orders, _REPLACE if relation == "replace_one" else _ADD_OR_REMOVE)
+    skellam = np.zeros(len(orders))
     for event, count in terms:
-        accountant.compose(_doubled(event) if relation == "replace_one" else event, count)
-    return accountant
+        event = _doubled(event) if relation == "replace_one" else event
+        if isinstance(event, SkellamDpEvent):
+            skellam += count * skellam_rdp(event, orders)
+        else:
+            accountant.compose(event, count)
+    return accountant.rdp + skellam
 
 
-def rdp_epsilon(rdp: np.ndarray, orders: Sequence[float], delta: float) -> float:
+def rdp_epsilon(divergences: np.ndarray, orders: Sequence[float], delta: float) -> float:
     """Epsilon of Renyi divergences ``[orders]``, which float rounding may have left a little below zero."""
-    return float(compute_epsilon(orders, np.maximum(rdp, 0.0), delta)[0])
+    return float(compute_epsilon(orders, np.maximum(divergences, 0.0), delta)[0])
 
 
 def rough_epsilon(terms: Terms, *, delta: float, relation: str) -> float:
@@ -356,7 +367,7 @@ def _quick_rdp(event: DpEvent, relation: str) -> np.ndarray:
             prob = event.sampling_probability
             return _pure_rdp(np.logaddexp(math.log1p(-prob), math.log(prob) + 1 / event.event.noise_multiplier))
     relation = relation if _rdp_supports(event, relation) else "add_or_remove_one"
-    return rdp_accountant(((event, 1),), relation, _QUICK_ORDERS).rdp
+    return rdp(((event, 1),), relation, _QUICK_ORDERS)
 
 
 def _pure_rdp(epsilon: float) -> np.ndarray:

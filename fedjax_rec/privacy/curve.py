@@ -123,9 +123,8 @@ def _joint(one: Terms, before: Terms, count: int) -> Terms:
 
 
 def _rdp_curve(one: Terms, before: Terms, counts: list[int], delta: float, relation: str) -> list[float]:
-    start = accounting.rdp_accountant(before, relation)
-    step = accounting.rdp_accountant(one, relation).rdp
-    return [accounting.rdp_epsilon(start.rdp + count * step, start.orders, delta) for count in counts]
+    start, step = accounting.rdp(before, relation), accounting.rdp(one, relation)
+    return [accounting.rdp_epsilon(start + count * step, accounting.DEFAULT_RDP_ORDERS, delta) for count in counts]
 
 
 def _pld_curve(one: Terms, before: Terms, counts: list[int], delta: float, relation: str) -> list[float]:

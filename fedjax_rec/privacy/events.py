@@ -13,6 +13,8 @@ import attr
 from dp_accounting import dp_event
 from dp_accounting.dp_event import DpEvent
 
+from fedjax_rec.privacy.skellam import SkellamDpEvent
+
 EVENT_TYPES: dict[str, type[DpEvent]] = {
     event_type.__name__: event_type
     for event_type in (
@@ -23,6 +25,7 @@ EVENT_TYPES: dict[str, type[DpEvent]] = {
         dp_event.DiscreteLaplaceDpEvent,
         dp_event.RandomizedResponseDpEvent,
         dp_event.ZCDpEvent,
+        SkellamDpEvent,
         dp_event.PoissonSampledDpEvent,
         dp_event.SampledWithoutReplacementDpEvent,
         dp_event.TruncatedSubsampledGaussianDpEvent,
@@ -31,7 +34,7 @@ EVENT_TYPES: dict[str, type[DpEvent]] = {
         dp_event.ComposedDpEvent,
     )
 }
-"""The events that a ledger can hold, by their dp_accounting class names."""
+"""The events that a ledger can hold, by their class names: dp_accounting's, and one of ours."""
 
 Terms = tuple[tuple[DpEvent, int], ...]
 """A composition in normal form: distinct releases, each with how often it is applied."""
@@ -42,6 +45,9 @@ _RANGES = {
     "sampling_probability": (0, 1, False, "sampling probability"),
     "rho": (0, math.inf, False, "zCDP rho"),
     "xi": (0, math.inf, False, "zCDP xi"),
+    "stddev": (0, math.inf, False, "standard deviation"),
+    "l1_sensitivity": (0, math.inf, False, "L1 sensitivity"),
+    "l2_sensitivity": (0, math.inf, False, "L2 sensitivity"),
     "mean": (1, math.inf, False, "mean number of repetitions"),
     "shape": (0, math.inf, False, "shape of the number of repetitions"),
     "count": (1, math.inf, True, "count"),
@@ -156,6 +162,8 @@ def _has_no_signal(event: DpEvent) -> bool:
     match event:
         case dp_event.GaussianDpEvent() | dp_event.LaplaceDpEvent():
             return event.noise_multiplier == math.inf
+        case SkellamDpEvent():
+            return event.stddev == math.inf or event.l1_sensitivity == 0
         case dp_event.RandomizedResponseDpEvent():
             return event.num_buckets == 1 or event.noise_parameter == 1
         case dp_event.TruncatedSubsampledGaussianDpEvent():
@@ -169,6 +177,8 @@ def _has_no_noise(event: DpEvent) -> bool:
             return event.noise_parameter == 0
         case dp_event.ZCDpEvent():
             return math.inf in (event.rho, event.xi)
+        case SkellamDpEvent():
+            return event.stddev == 0 or math.inf in (event.l1_sensitivity, event.l2_sensitivity)
     return getattr(event, "noise_multiplier", 1.0) == 0
 
 
@@ -214,6 +224,8 @@ def describe(event: DpEvent) -> str:
             return " + ".join(describe(part) for part in event.events) or "nothing"
         case dp_event.ZCDpEvent():
             return f"zCDP(rho {event.rho:.4g}, xi {event.xi:.4g})"
+        case SkellamDpEvent():
+            return f"Skellam({event.stddev:.4g}, L1 {event.l1_sensitivity:.4g}, L2 {event.l2_sensitivity:.4g})"
         case dp_event.PoissonSampledDpEvent():
             return f"Poisson({event.sampling_probability:.4g}, {describe(event.event)})"
         case dp_event.SampledWithoutReplacementDpEvent():
