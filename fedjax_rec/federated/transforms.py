@@ -28,19 +28,22 @@ class Bound(NamedTuple):
       noised: True once the client has added noise of its own to an update within these norms. That noise is the same
         for any data, so replacing a client's data still moves a sum by at most twice the norms; but who is removed
         takes its noise along, so a central guarantee then holds under replace-one only.
+      integers: True if every number of the update is an integer, as integer noise needs.
     """
 
     l1: float = math.inf
     l2: float = math.inf
     noised: bool = False
+    integers: bool = False
 
     def scaled(self, factor: float) -> "Bound":
         """The bound of ``factor`` times the update."""
-        return self._replace(l1=abs(factor) * self.l1, l2=abs(factor) * self.l2)
+        return self._replace(l1=abs(factor) * self.l1, l2=abs(factor) * self.l2, integers=False)
 
     def within(self, other: "Bound") -> bool:
         """Whether every update in this bound is in the other."""
-        return self.l1 <= other.l1 and self.l2 <= other.l2 and self.noised <= other.noised
+        alike = self.noised <= other.noised and self.integers >= other.integers
+        return self.l1 <= other.l1 and self.l2 <= other.l2 and alike
 
 
 UNBOUNDED = Bound()
