@@ -19,7 +19,7 @@ from fedjax_rec.data.clients import Client, ClientData
 from fedjax_rec.federated.algorithm import Algorithm, ServerState, all_private, client_key
 from fedjax_rec.federated.cohort import Sampler
 from fedjax_rec.federated.releases import Releases, check_pair, local_releases, releases
-from fedjax_rec.federated.rows import add_to_total, zero_total
+from fedjax_rec.federated.rows import add_to_total, is_rows, zero_total
 from fedjax_rec.federated.sparse_server import as_tables, divide
 from fedjax_rec.federated.transforms import UNBOUNDED, UpdateTransform, select_update, update_bits
 
@@ -288,19 +288,34 @@ def _zero_sums(algorithm, transforms, state, private, bucket, key):
     return zero_total(update), {name: jnp.zeros(()) for name in metrics}
 
 
-def _traffic(algorithm, transforms, clients: ClientData) -> tuple[float, float]:
-    """Mean upload and download bits per client, weighted over buckets."""
+def _update_shapes(algorithm, clients: ClientData):
+    """The shapes of the update of one client of each bucket, with the number of clients in it."""
     key = jax.random.key(0)
     state = jax.eval_shape(algorithm.init, key)
     private = jax.eval_shape(algorithm.init_private, key)
-    up = down = total = 0.0
     for bucket in clients.buckets:
         client = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), bucket)
         steps = jax.ShapeDtypeStruct((), jnp.int32)
         output = jax.eval_shape(algorithm.client_update, state.shared, private, client, steps, key)
-        num = bucket.client_id.shape[0]
-        bits = update_bits(output.update)
-        up, down, total = up + num * transforms.upload_bits(bits, output.update), down + num * bits, total + num
+        yield output.update, bucket.client_id.shape[0]
+
+
+def largest_update(algorithm: Algorithm, clients: ClientData) -> int:
+    """Numbers in the update of the client with the most, padding included and row ids not: what its shapes allow."""
+
+    def numbers(update):
+        leaves = jax.tree.leaves(update, is_leaf=is_rows)
+        return sum(leaf.values.size if is_rows(leaf) else leaf.size for leaf in leaves)
+
+    return max(numbers(update) for update, _ in _update_shapes(algorithm, clients))
+
+
+def _traffic(algorithm, transforms, clients: ClientData) -> tuple[float, float]:
+    """Mean upload and download bits per client, weighted over buckets."""
+    up = down = total = 0.0
+    for update, num in _update_shapes(algorithm, clients):
+        bits = update_bits(update)
+        up, down, total = up + num * transforms.upload_bits(bits, update), down + num * bits, total + num
     return up / total, down / total
 
 

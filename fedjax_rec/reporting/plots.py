@@ -94,8 +94,8 @@ def epsilon_curve(rounds: Sequence[int], epsilons: Sequence[float], *, budget: f
             labels.append((f"budget {format_epsilon(budget)}", float(budget), VERMILION))
         name_axes(axes, x="round", y="ε spent")
         _round_axis(axes)
-        _from_zero(axes, [value for _, value, _ in labels])
-        _label_ends(axes, labels)
+        from_zero(axes, [value for _, value, _ in labels])
+        label_ends(axes, labels)
     return figure
 
 
@@ -112,8 +112,8 @@ def loss_curve(rounds: Sequence[int], losses: Sequence[float]) -> Figure:
         name_axes(axes, x="round", y="training loss, mean over the cohort")
         _round_axis(axes)
         axes.margins(y=0.1)
-        _short_ticks(axes.yaxis)
-        _label_ends(axes, [(format_number(float(losses[-1])), float(losses[-1]), BLUE)])
+        short_ticks(axes.yaxis)
+        label_ends(axes, [(format_number(float(losses[-1])), float(losses[-1]), BLUE)])
     return figure
 
 
@@ -149,7 +149,7 @@ def user_histogram(
         axes.set_ylim(0, top)
         name_axes(axes, x=f"{metric} of a user", y="share of users")
         axes.grid(visible=False, axis="x")
-        _short_ticks(axes.xaxis)
+        short_ticks(axes.xaxis)
         axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
         axes.yaxis.set_major_locator(MaxNLocator(5))
     return figure
@@ -243,10 +243,10 @@ def _references(axes: Axes, values: Sequence[float], references: Mapping[str, fl
     for name, value in references.items():
         colour, dashes = _look(name)
         axes.axhline(value, color=colour, linestyle=dashes, linewidth=1.3)
-    _from_zero(axes, [*values, *references.values()])
-    _short_ticks(axes.yaxis)
+    from_zero(axes, [*values, *references.values()])
+    short_ticks(axes.yaxis)
     others = [(name, float(value), _look(name)[0]) for name, value in references.items()]
-    _label_ends(axes, [("this run", float(values[-1]), BLUE), *others])
+    label_ends(axes, [("this run", float(values[-1]), BLUE), *others])
 
 
 def _look(reference: str) -> tuple[str, object]:
@@ -254,7 +254,7 @@ def _look(reference: str) -> tuple[str, object]:
     return REFERENCE_LOOKS.get(reference, (MUTED, (0, (1, 2))))
 
 
-def _from_zero(axes: Axes, values: Sequence[float]) -> None:
+def from_zero(axes: Axes, values: Sequence[float]) -> None:
     """Start the y axis at zero, so that heights compare as ratios, and leave room above the highest value."""
     axes.set_ylim(0, 1.08 * max((value for value in values if np.isfinite(value)), default=1.0) or 1.0)
 
@@ -265,7 +265,7 @@ def _top_tenth(cumulative_share: np.ndarray) -> str:
     return f"{100 * share:.0f} %"
 
 
-def _label_ends(axes: Axes, labels: Sequence[tuple[str, float, str]]) -> None:
+def label_ends(axes: Axes, labels: Sequence[tuple[str, float, str]]) -> None:
     """Name curves at the right edge, in their colours and clear of each other: no legend to match by eye."""
     low, high = axes.get_ylim()
     labels = [label for label in labels if not np.isnan(label[1])]
@@ -300,7 +300,7 @@ def _round_axis(axes: Axes) -> None:
     axes.margins(x=0.01)
 
 
-def _short_ticks(axis: Axis) -> None:
+def short_ticks(axis: Axis) -> None:
     """Tick labels with equally many decimals and no leading zero: .05, .10; for an axis whose limits are final."""
     ticks = axis.get_ticklocs()
     if len(ticks) < 2 or max(map(abs, ticks)) >= 1e4:

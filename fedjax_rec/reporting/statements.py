@@ -13,7 +13,7 @@ STATEMENT_PARTS = {
     "unit": r"\b\w+-level\b",
     "delta": r"(δ|\bdelta)\s*=\s*\S",
     "relation": r"\b(add/remove|replace|neighbou?rs)\b",
-    "sampler": r"(\bPoisson\b|\bwithout replacement\b|\ball clients\b|\bsampling\b)",
+    "sampler": r"(\bPoisson\b|\bwithout replacement\b|\ball clients\b|\bsampling\b|\bin turn\b)",
 }
 
 UNITS = {"user": "user-level", "example": "example-level"}
@@ -33,6 +33,8 @@ SAMPLERS = {
     "all_clients": "all clients",
     "full": "all clients",
     "full_participation": "all clients",
+    "in_turn": "groups in turn",
+    "poisson_in_turn": "Poisson within groups in turn",
 }
 
 

@@ -83,8 +83,18 @@ class ServerConfig:
 class PrivacyConfig:
     """User-level differential privacy; in force with --epsilon or --privacy.noise-multiplier."""
 
+    mechanism: Literal["gaussian", "laplace", "discrete_gaussian", "skellam", "banded", "tree"] = "gaussian"
+    """Noise on each round's sum. banded and tree correlate it over rounds (DP-FTRL) and need --sampler in_turn;
+    discrete_gaussian and skellam round updates to integers and have no bound on sampled cohorts."""
+    clip: Literal["joint", "per_table", "adaptive"] = "joint"
+    """Bound an update as a whole, each table by itself, or as a whole at a norm that follows a quantile of the update
+    norms, which is released and charged with the update."""
     l2_clip_norm: float = 0.02
-    """Bound on the L2 norm of one client's update."""
+    """Bound on the L2 norm of one client's update (mechanism laplace: L1 norm; clip adaptive: where it starts)."""
+    target_quantile: float = 0.5
+    """Share of clients that clip adaptive leaves unclipped."""
+    schedule_ratio: float = 1.0
+    """Noise of the first round over that of the last, falling in steps between; for mechanism gaussian."""
     noise_multiplier: float | None = None
     """Noise standard deviation over the clip norm; None solves for it from --epsilon and the number of rounds."""
     popularity_noise_multiplier: float = 20.0
@@ -130,8 +140,11 @@ class TrainConfig:
     """Probability that the bound may fail; 1 / users^1.1 by default."""
     cohort_size: int | None = None
     """Clients per round in expectation; everyone by default."""
-    sampler: Literal["poisson", "fixed_size"] = "poisson"
-    """How a cohort is drawn. fixed_size is accounted under the replace-one relation."""
+    sampler: Literal["poisson", "fixed_size", "in_turn"] = "poisson"
+    """How a cohort is drawn. fixed_size is accounted under the replace-one relation; in_turn lets fixed groups of
+    clients take turns, thinned by coins to --cohort-size."""
+    num_groups: int | None = None
+    """Groups that take turns, for sampler in_turn; noise of mechanism banded reaches over so many rounds."""
     eval_every: int = 10
     """Rounds between validations, checkpoints and log lines."""
     select: Literal["auto", "best", "last"] = "auto"
@@ -181,6 +194,8 @@ def check(config: TrainConfig) -> None:
         "--client.max-examples": config.client.max_examples,
         "--privacy.noise-multiplier": config.privacy.noise_multiplier,
         "--privacy.popularity-noise-multiplier": config.privacy.popularity_noise_multiplier,
+        "--privacy.schedule-ratio": config.privacy.schedule_ratio,
+        "--num-groups": config.num_groups,
     }
     for flag, value in positive.items():
         if value is not None and not (value > 0 and math.isfinite(value)):
@@ -214,6 +229,29 @@ def check(config: TrainConfig) -> None:
             "--data.k-core chooses users and items by looking at everyone's data, which no epsilon covers; "
             "filter beforehand and declare the result public, or leave it out."
         )
+    _check_mechanism(config)
+
+
+def _check_mechanism(config: TrainConfig) -> None:
+    settings = config.privacy
+    if (config.sampler == "in_turn") != (config.num_groups is not None):
+        raise ValueError("--sampler in_turn and --num-groups go together: give both, or neither.")
+    if not 0 <= settings.target_quantile <= 1:
+        raise ValueError(f"--privacy.target-quantile must be between 0 and 1; got {settings.target_quantile}.")
+    if settings.mechanism in ("banded", "tree") and config.sampler != "in_turn":
+        raise ValueError(
+            f"--privacy.mechanism {settings.mechanism} correlates the noise of nearby rounds: private only for "
+            "clients that take part in one of them. Add --sampler in_turn --num-groups 8."
+        )
+    if settings.mechanism in ("discrete_gaussian", "skellam") and config.sampler == "poisson" and config.cohort_size:
+        raise ValueError(
+            f"--privacy.mechanism {settings.mechanism} has no bound that gains from sampling; leave out --cohort-size, "
+            "or use --privacy.mechanism gaussian."
+        )
+    if settings.mechanism != "gaussian" and settings.schedule_ratio != 1.0:
+        raise ValueError("--privacy.schedule-ratio is for --privacy.mechanism gaussian; leave one of them out.")
+    if settings.mechanism == "laplace" and settings.clip != "joint":
+        raise ValueError("--privacy.mechanism laplace clips L1 norms, and only jointly; leave out --privacy.clip.")
 
 
 def to_dict(config: Any) -> dict[str, Any]:

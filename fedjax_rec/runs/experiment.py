@@ -4,7 +4,6 @@ import dataclasses
 import os
 from functools import partial
 
-import dp_accounting
 import jax
 import numpy as np
 import optax
@@ -16,43 +15,20 @@ from fedjax_rec.data.interactions import Interactions
 from fedjax_rec.data.negatives import Negatives, popularity_cdf
 from fedjax_rec.data.sources import DATASETS, SPLITS, load, load_split
 from fedjax_rec.data.split import Split, leave_one_out, ratio_split
-from fedjax_rec.federated.cohort import Sampler, fixed_size, full_participation, poisson
-from fedjax_rec.federated.round import RoundKeys, Rounds, make_rounds
+from fedjax_rec.federated.cohort import Sampler, fixed_size, full_participation, in_turn, poisson
+from fedjax_rec.federated.round import RoundKeys, Rounds, largest_update, make_rounds
 from fedjax_rec.federated.transforms import chain
 from fedjax_rec.models.base import Model
 from fedjax_rec.models.matrix_factorization import matrix_factorization
 from fedjax_rec.models.popularity import DpPopularity, dp_popularity
 from fedjax_rec.privacy.accounting import delta_warning
-from fedjax_rec.privacy.calibration import calibrate_noise_multiplier
-from fedjax_rec.privacy.ledger import Budget, Ledger, affordable_rounds
-from fedjax_rec.privacy.mechanisms import user_level_dp
 from fedjax_rec.runs.config import TrainConfig
+from fedjax_rec.runs.privacy_plan import PrivacyPlan, plan_privacy
 
 KS = (5, 10, 20)
 METRIC = "ndcg@10"
 # Noise outside the rounds: numbers that no round has, folded into the noise key.
 POPULARITY_NOISE, BASELINE_NOISE = 2**32 - 1, 2**32 - 2
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class PrivacyPlan:
-    """What will be released, under which noise, and how much of it the budget allows.
-
-    Attributes:
-      noise_multiplier: of every round's sum.
-      l2_clip_norm: bound on one client's update.
-      delta: of the guarantee.
-      budget: epsilon and delta, or None if only the noise was given.
-      ledger: what is charged before the first round.
-      num_rounds: rounds that the budget allows, at most those asked for.
-    """
-
-    noise_multiplier: float
-    l2_clip_norm: float
-    delta: float
-    budget: Budget | None
-    ledger: Ledger
-    num_rounds: int
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -177,50 +153,24 @@ def make_sampler(config: TrainConfig, num_clients: int) -> Sampler:
             f"--cohort-size {config.cohort_size} is more than the population of {num_clients} clients; "
             "choose a smaller one, or leave it out to take everyone."
         )
+    if config.sampler == "in_turn":
+        return _groups_in_turn(config, num_clients)
     if config.cohort_size is None or (config.cohort_size == num_clients and config.sampler == "poisson"):
         return full_participation(num_clients)
     make = poisson if config.sampler == "poisson" else fixed_size
     return make(num_clients, cohort_size=config.cohort_size)
 
 
-def default_delta(num_users: int) -> float:
-    """1 / users^1.1, to two digits, at most 0.1: below one in the population, as a delta must be to mean anything."""
-    return min(float(f"{num_users**-1.1:.1e}"), 0.1)
-
-
-def plan_privacy(config: TrainConfig, sampler: Sampler, num_clients: int) -> PrivacyPlan:
-    """Solves for the noise that meets the budget, or counts the rounds that given noise affords."""
-    settings = config.privacy
-    delta = default_delta(num_clients) if config.delta is None else config.delta
-    ledger = Ledger(unit="user", relation=sampler.relation)
-    if config.client.negative_distribution == "popularity":
-        ledger = ledger.record(
-            dp_accounting.GaussianDpEvent(settings.popularity_noise_multiplier),
-            phase="popularity",
-            released="noised item counts, for drawing negatives",
+def _groups_in_turn(config: TrainConfig, num_clients: int) -> Sampler:
+    """Groups in turn, thinned by coins to the cohort size that was asked for."""
+    group_size = num_clients / config.num_groups
+    if config.cohort_size is not None and config.cohort_size > group_size:
+        raise ValueError(
+            f"--cohort-size {config.cohort_size} is more than a group of {num_clients} clients in --num-groups "
+            f"{config.num_groups} groups, {group_size:.0f}; ask for fewer groups or a smaller cohort."
         )
-    budget = None if config.epsilon is None else Budget(config.epsilon, delta)
-
-    def round_event(noise_multiplier):
-        return sampler.dp_event(dp_accounting.GaussianDpEvent(noise_multiplier))
-
-    def run_event(noise_multiplier):
-        training = dp_accounting.SelfComposedDpEvent(round_event(noise_multiplier), config.rounds)
-        return dp_accounting.ComposedDpEvent([ledger.event, training]) if ledger.entries else training
-
-    noise = settings.noise_multiplier
-    if noise is None:
-        noise = calibrate_noise_multiplier(
-            run_event, target_epsilon=config.epsilon, delta=delta, relation=sampler.relation
-        ).noise_multiplier
-        num_rounds = config.rounds
-    elif budget is not None:
-        num_rounds = affordable_rounds(ledger, round_event(noise), budget, limit=config.rounds)
-        if num_rounds == 0:
-            budget.require(ledger, round_event(noise))
-    else:
-        num_rounds = config.rounds
-    return PrivacyPlan(noise, settings.l2_clip_norm, delta, budget, ledger, num_rounds)
+    prob = 1.0 if config.cohort_size is None else config.cohort_size / group_size
+    return in_turn(num_clients, num_groups=config.num_groups, sampling_prob=prob)
 
 
 def make_keys(config: TrainConfig) -> RoundKeys:
@@ -260,16 +210,6 @@ def prepare(config: TrainConfig, *, data: Data | None = None, keys: RoundKeys | 
     keys = make_keys(config) if keys is None else keys
     train, num_clients = data.split.train, data.clients.num_clients
     sampler = make_sampler(config, num_clients)
-    plan = plan_privacy(config, sampler, num_clients) if config.private else None
-    warnings = list(data.notes)
-    if plan is not None:
-        warning = delta_warning(plan.delta, num_clients)
-        warnings += [warning] if warning else []
-        if plan.num_rounds < config.rounds:
-            warnings.append(
-                f"The budget epsilon = {config.epsilon:g} allows {plan.num_rounds} of {config.rounds} rounds at noise "
-                f"multiplier {plan.noise_multiplier:g}; the run stops there."
-            )
     model = matrix_factorization(train.num_items, **dataclasses.asdict(config.model))
     popularity = released_popularity(config, train, noise_key=keys.noise)
     client = config.client
@@ -293,9 +233,12 @@ def prepare(config: TrainConfig, *, data: Data | None = None, keys: RoundKeys | 
         max_examples=client.max_examples,
         mean_examples=mean_interactions(data.clients),
     )
-    transforms = chain()
-    if plan is not None:
-        transforms = user_level_dp(l2_clip_norm=plan.l2_clip_norm, noise_multiplier=plan.noise_multiplier)
+    transforms, plan, warnings = chain(), None, list(data.notes)
+    if config.private:
+        size = largest_update(algorithm, data.clients)
+        plan = plan_privacy(config, sampler, num_clients=num_clients, update_size=size)
+        transforms = plan.transforms
+        warnings += plan_warnings(config, plan, num_clients)
     mesh = None
     if config.devices > 1:
         mesh = jax.make_mesh((config.devices,), ("clients",))
@@ -313,6 +256,18 @@ def prepare(config: TrainConfig, *, data: Data | None = None, keys: RoundKeys | 
         num_rounds=config.rounds if plan is None else plan.num_rounds,
         warnings=tuple(warnings),
     )
+
+
+def plan_warnings(config: TrainConfig, plan: PrivacyPlan, num_clients: int) -> list[str]:
+    """What the user should know about a plan before it runs."""
+    warning = delta_warning(plan.delta, num_clients)
+    warnings = [warning] if warning else []
+    if plan.num_rounds < config.rounds:
+        warnings.append(
+            f"The budget epsilon = {config.epsilon:g} allows {plan.num_rounds} of {config.rounds} rounds at noise "
+            f"multiplier {plan.noise_multiplier:g}; the run stops there."
+        )
+    return warnings
 
 
 def released_popularity(config: TrainConfig, train: Interactions, *, noise_key: jax.Array) -> jax.Array | None:
