@@ -128,11 +128,10 @@ def test_the_parameters_keep_the_epsilon_and_are_the_best(epsilon, dim):
     assert chosen.squared_error <= np.min((dim + t * scale) / scale**2 - 1) * (1 + 1e-3)
 
 
-@pytest.mark.parametrize("epsilon", [12.0, 30.0])
-def test_rare_tails_are_drawn_finely(epsilon):
+def test_rare_tails_are_drawn_finely():
     """Where float32 near 1 has few numbers, the component above the threshold is still a normal one's."""
-    chosen = privunit_parameters(epsilon, dim=2)
-    (found,) = reports(epsilon, ([1.0],), 20_000)
+    chosen = privunit_parameters(30.0, dim=2)
+    (found,) = reports(30.0, ([1.0],), 20_000)
     top = found[found[:, 0] >= chosen.threshold / chosen.scale, 0]
     assert len(np.unique(top)) > 0.9 * len(top)
     assert stats.kstest(found[:, 0], lambda x: cdf(chosen, x)).pvalue > 1e-3

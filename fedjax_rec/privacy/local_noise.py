@@ -20,7 +20,7 @@ from fedjax_rec.privacy.accounting import PrivacySpent
 from fedjax_rec.privacy.events import describe
 from fedjax_rec.privacy.formulas import shuffled_epsilon
 from fedjax_rec.privacy.ledger import Ledger
-from fedjax_rec.privacy.noise import standard_normal
+from fedjax_rec.privacy.noise import standard_laplace, standard_normal
 
 MAX_UPDATE_BYTES = 1 << 26
 """Largest noised update of one client, in bytes: the clients of a chunk hold one each, side by side."""
@@ -74,10 +74,12 @@ def local_laplace(scale: float, *, max_update_bytes: int = MAX_UPDATE_BYTES) -> 
     def dp_event(bound, round_index):
         del round_index
         if bound.l1 == math.inf:
-            raise ValueError("local_laplace needs an earlier link that bounds the L1 norm: put an L1 clip before it.")
+            raise ValueError(
+                "local_laplace needs an earlier link that bounds the L1 norm: put clip_by_l1_norm before it."
+            )
         return dp_accounting.LaplaceDpEvent(scale / bound.l1)
 
-    return _noise_of_clients(lambda key, shape: scale * jax.random.laplace(key, shape), dp_event, max_update_bytes)
+    return _noise_of_clients(lambda key, shape: scale * standard_laplace(key, shape), dp_event, max_update_bytes)
 
 
 def _check_scale(name: str, value: float) -> None:
@@ -101,7 +103,7 @@ def _noise_of_clients(draw: Callable, dp_event: Callable, max_update_bytes: int)
 
     return UpdateTransform(
         client=client,
-        sensitivity=lambda bound: bound._replace(noised=True),
+        sensitivity=lambda bound: bound._replace(noised=True, integers=False),
         local_dp_event=dp_event,
         upload_bits=lambda bits, update: whole_bits(update, max_bytes=max_update_bytes),
     )

@@ -73,7 +73,7 @@ def randomized_response(
         client=client,
         server=server,
         # Bits, whatever came in: their norm is bounded with their noise, so they may be added or removed.
-        sensitivity=lambda bound: Bound(l1=float(num_items), l2=math.sqrt(num_items)),
+        sensitivity=lambda bound: Bound(l1=float(num_items), l2=math.sqrt(num_items), integers=True),
         local_dp_event=local_dp_event,
         local_unit=unit,
         upload_bits=lambda bits, update: float(_only_table(update, num_items).num_rows),
@@ -135,7 +135,7 @@ def k_randomized_response(epsilon: float, *, num_items: int, num_reports: float)
     return UpdateTransform(
         client=client,
         server=server,
-        sensitivity=lambda bound: Bound(l1=1.0, l2=1.0),  # one answer, whatever came in
+        sensitivity=lambda bound: Bound(l1=1.0, l2=1.0, integers=True),  # one answer, whatever came in
         local_dp_event=lambda bound, round_index: RandomizedResponseDpEvent(lie_prob, num_answers),
         upload_bits=upload_bits,
     )
