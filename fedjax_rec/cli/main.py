@@ -1,4 +1,4 @@
-"""The command line: `fedjax-rec train | evaluate | epsilon | data | audit`."""
+"""The command line: `fedjax-rec train | evaluate | epsilon | budget | data | audit`."""
 
 import errno
 import logging
@@ -11,6 +11,7 @@ from typing import Annotated
 import tyro
 
 from fedjax_rec.cli.audit import AuditConfig
+from fedjax_rec.cli.budget import BudgetConfig
 from fedjax_rec.cli.data import DataConfig
 from fedjax_rec.cli.epsilon import EpsilonConfig
 from fedjax_rec.cli.evaluate import EvaluateConfig
@@ -71,6 +72,7 @@ def _parse(args: list[str]):
         Annotated[TrainConfig, tyro.conf.subcommand("train", default=default)]
         | Annotated[EvaluateConfig, tyro.conf.subcommand("evaluate")]
         | Annotated[EpsilonConfig, tyro.conf.subcommand("epsilon")]
+        | Annotated[BudgetConfig, tyro.conf.subcommand("budget")]
         | Annotated[DataConfig, tyro.conf.subcommand("data")]
         | Annotated[AuditConfig, tyro.conf.subcommand("audit")]
     )
@@ -109,6 +111,8 @@ def _run(config) -> int:
     # Imported here so that `--help` and the calculator do not wait for what they do not use.
     if isinstance(config, EpsilonConfig):
         from fedjax_rec.cli.epsilon import run
+    elif isinstance(config, BudgetConfig):
+        from fedjax_rec.cli.budget import run
     elif isinstance(config, DataConfig):
         from fedjax_rec.cli.data import run
     else:
