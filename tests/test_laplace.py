@@ -146,8 +146,8 @@ def test_what_is_refused():
     for clip in (0.0, -1.0, math.nan, 1e13):
         with pytest.raises(ValueError, match="l1_clip_norm must be between"):
             clip_by_l1_norm(clip)
+    transforms = user_level_laplace(l1_clip_norm=1.0, noise_multiplier=1.0)
     with pytest.raises(ValueError, match="No accountant has a bound for 3 of 6 without replacement"):
-        transforms = user_level_laplace(l1_clip_norm=1.0, noise_multiplier=1.0)
         make_rounds(ones(7, 2, 3), transforms, fixed_size(6, cohort_size=3), population())
     nothing = user_level_laplace(l1_clip_norm=1.0, noise_multiplier=0.0)
     assert nothing.dp_event(UNBOUNDED, 0) == dp_accounting.NonPrivateDpEvent()
