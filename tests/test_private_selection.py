@@ -55,10 +55,13 @@ def test_what_a_search_costs_against_reference_numbers():
     rounds = dp_event.PoissonSampledDpEvent(256 / 6040, dp_event.GaussianDpEvent(1.1278))
     training = dp_event.SelfComposedDpEvent(rounds, 500)
     one = privacy_spent(training, delta=1e-5, accountant=RDP).epsilon
-    four, sixteen = (privacy_spent(selection_event(training, mean=m, shape=1.0), delta=1e-5) for m in (4, 16))
+    spent = [privacy_spent(selection_event(training, mean=m, shape=1.0), delta=1e-5) for m in (1, 4, 16)]
+    certain, four, sixteen = spent  # one run for certain costs a little more than that run: the theorem is not tight
+    assert certain.epsilon == pytest.approx(5.642, rel=1e-3)
     assert four.epsilon == pytest.approx(8.343, rel=1e-3)
     assert sixteen.epsilon == pytest.approx(10.134, rel=1e-3)
-    assert one < four.epsilon < sixteen.epsilon < 4 * one
+    assert one < certain.epsilon
+    assert sixteen.epsilon < 2 * one  # sixteen runs for less than two
     assert four.accountant == RDP
     expected = dp_event.RepeatAndSelectDpEvent(training, 4.0, 1.0)
     assert selection_event(training, mean=4, shape=1) == expected
