@@ -11,7 +11,8 @@ from fedjax_rec.models.base import Shared
 
 
 class ServerState(NamedTuple):
-    """All that the server ever sees. (epsilon, delta) is a statement about the sequence of these.
+    """All that the server ever sees. (epsilon, delta) is a statement about the sequence of these, less the noise that
+    `correlated_noise` keeps in ``transforms`` for later rounds: that is a secret of whoever adds it, like the noise key.
 
     Attributes:
       round: int32 scalar, rounds done.
