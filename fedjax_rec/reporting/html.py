@@ -30,7 +30,7 @@ from fedjax_rec.reporting.run_tables import (
     speed_table,
     traffic_table,
 )
-from fedjax_rec.reporting.statements import complete_statement, epsilon_label, statement_parts
+from fedjax_rec.reporting.statements import audit_line, complete_statement, epsilon_label, statement_parts
 from fedjax_rec.reporting.tables import Table, bold_cells, formatted_rows, is_numeric_column
 
 TEMPLATES = Path(__file__).parent / "templates"
@@ -217,6 +217,7 @@ def privacy_view(run: RunFiles, privacy: Mapping[str, Any] | None) -> dict[str, 
         "claimed": claims_privacy(run),
         "protects": "one interaction" if unit.startswith("example") else "one user's whole history",
         "details": " · ".join(details),
+        "audit": audit_line(privacy, audit=run.audit, membership=run.membership, run=str(run.folder)),
         "trust_model": trust_model.replace("_", " "),
         "trust": TRUST_MODELS.get(trust_model, ""),
     }

@@ -1,8 +1,8 @@
 """What a run directory holds, read with tolerance: a run that was killed, or still runs, can be reported too."""
 
+import dataclasses
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ from fedjax_rec.reporting.formatting import is_number
 FILES = ("config.json", "metrics.jsonl", "ledger.json", "result.json")
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class RunFiles:
     """The files of a run directory.
 
@@ -23,6 +23,8 @@ class RunFiles:
       ledger: ledger.json, or {}; a bare list of entries becomes {"entries": [...]}.
       result: result.json, or {}.
       problems: one sentence for every file that is missing or unreadable.
+      audit: audit.json, or {} if the run was not audited.
+      membership: membership.json, or {} if the run was not attacked.
     """
 
     folder: Path
@@ -31,6 +33,8 @@ class RunFiles:
     ledger: Mapping[str, Any]
     result: Mapping[str, Any]
     problems: tuple[str, ...]
+    audit: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    membership: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
 def read_run(run_dir: str | Path) -> RunFiles:
@@ -53,7 +57,13 @@ def read_run(run_dir: str | Path) -> RunFiles:
     config = _read_json(folder / "config.json", problems, without="the configuration is unknown")
     ledger = _read_json(folder / "ledger.json", problems, without="nothing is known about what was released")
     result = _read_json(folder / "result.json", problems, without="the run has not finished; there are no test metrics")
+    later = {
+        name: mapping(_read_json(path, problems, without="it is left out"))
+        for name in ("audit", "membership")
+        if (path := folder / f"{name}.json").exists()
+    }
     return RunFiles(
+        **later,
         folder=folder,
         config=mapping(config),
         metrics=_read_metrics(folder / "metrics.jsonl", problems),

@@ -4,7 +4,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from fedjax_rec.reporting.formatting import format_delta, format_epsilon, is_number
+from fedjax_rec.reporting.formatting import format_delta, format_epsilon, format_number, is_number
 
 STATEMENT = ("epsilon", "delta", "unit", "relation", "sampler")
 
@@ -54,6 +54,44 @@ def epsilon_label(privacy: Mapping[str, Any] | None) -> str:
     if privacy is None:
         return "no DP"
     return f"ε = {format_epsilon(privacy.get('epsilon'))} ({', '.join(statement_parts(privacy))})"
+
+
+def audit_line(
+    privacy: Mapping[str, Any] | None, *, audit: Mapping[str, Any], membership: Mapping[str, Any], run: str = "RUN"
+) -> str:
+    """What a run claims, what an audit found at least, and what an attack reached, in one line.
+
+    Args:
+      privacy: the run's statement, as for `epsilon_label`.
+      audit: the content of audit.json: `claimed_epsilon`, `lower_bound` and `lower_bound_fdp`, `num_canaries`,
+        `confidence`; or {}.
+      membership: the content of membership.json: `auc`, `auc_error`, `attack`, `auc_ceiling`, `bug`; or {}.
+      run: the run directory, for the command that makes up for what is missing.
+    """
+    bounds = [audit[name] for name in ("lower_bound_fdp", "lower_bound") if is_number(audit.get(name))]
+    auc = membership.get("auc")
+    if not bounds and not is_number(auc):
+        return f"not audited: run fedjax-rec audit privacy {run}"
+    claimed = audit.get("claimed_epsilon") if privacy is None else privacy["epsilon"]
+    parts = [f"claimed ε = {format_epsilon(claimed)}" if is_number(claimed) else "no ε claimed"]
+    if bounds:
+        how = [f"{audit['num_canaries']:,} canaries"] if is_number(audit.get("num_canaries")) else []
+        how += [f"confidence {audit['confidence']:.0%}"] if is_number(audit.get("confidence")) else []
+        # The first, and not the larger: the better of two bounds no longer holds at the confidence of each.
+        parts.append(f"audited ε ≥ {bounds[0]:.3g}" + (f" ({', '.join(how)})" if how else ""))
+        if is_number(claimed) and max(bounds) > claimed:
+            parts[-1] += ", ABOVE the claim: the run is less private than it says"
+    else:
+        parts.append(f"no audited bound: run fedjax-rec audit privacy {run}")
+    if is_number(auc):
+        ceiling = membership.get("auc_ceiling")
+        left = f", ceiling {format_number(ceiling)}" if is_number(ceiling) else ""
+        parts.append(f"membership AUC {format_number(auc)} ({membership.get('attack', 'strongest attack')}{left})")
+        if membership.get("bug"):
+            parts[-1] += ", ABOVE what the claim leaves to an attack: the run is less private than it says"
+    else:
+        parts.append(f"membership not attacked: run fedjax-rec audit privacy {run} --membership")
+    return "; ".join(parts)
 
 
 def statement_parts(privacy: Mapping[str, Any]) -> tuple[str, str, str, str]:
