@@ -249,3 +249,9 @@ def test_updates_that_are_no_item_sets_refuse():
             make_rounds(vectors, link, sampler, clients)
         with pytest.raises(ValueError, match="rows of one table"):
             make_rounds(item_counts(NUM_ITEMS + 1), link, sampler, clients)
+
+
+def test_a_sum_that_lost_rows_is_not_debiased():
+    for link in (RR, K_RR):
+        with pytest.raises(ValueError, match="drops rows of the sum"):
+            link.server({"count": Rows(jnp.arange(2), jnp.ones((2, 1)), NUM_ITEMS)}, (), jax.random.key(0))

@@ -63,7 +63,7 @@ def randomized_response(
 
     def server(total, state, key):
         del key
-        return jax.tree.map(lambda x: (x - num_reports * flip_prob) / (1 - 2 * flip_prob), total), state
+        return _debiased(total, num_reports * flip_prob, 1 - 2 * flip_prob), state
 
     def local_dp_event(bound, round_index):
         del bound, round_index
@@ -125,7 +125,7 @@ def k_randomized_response(epsilon: float, *, num_items: int, num_reports: float)
 
     def server(total, state, key):
         del key
-        return jax.tree.map(lambda x: (x - num_reports * lie_prob / num_answers) / (1 - lie_prob), total), state
+        return _debiased(total, num_reports * lie_prob / num_answers, 1 - lie_prob), state
 
     def upload_bits(bits, update):
         del bits
@@ -151,6 +151,15 @@ def _check(epsilon: float, num_items: int, num_reports: float) -> None:
 def _round_up(prob: float) -> int:
     """The least number of 2^-32 parts that is at least ``prob``."""
     return math.ceil(prob * _COIN)
+
+
+def _debiased(total, errors: float, truth: float):
+    """The sum less the errors that each item has in expectation, over the share of truth."""
+    if any(is_rows(leaf) for leaf in jax.tree.leaves(total, is_leaf=is_rows)):
+        raise ValueError(
+            "A later link drops rows of the sum, where the errors are still to be subtracted; leave it out."
+        )
+    return jax.tree.map(lambda x: (x - errors) / truth, total)
 
 
 def _only_table(update, num_items: int) -> Rows:
