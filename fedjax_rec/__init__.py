@@ -14,6 +14,7 @@ from fedjax_rec.data.negatives import Negatives
 from fedjax_rec.algorithms.apfl import apfl, apfl_score
 from fedjax_rec.algorithms.cofedrec import cofedrec
 from fedjax_rec.algorithms.ditto import ditto, ditto_score
+from fedjax_rec.algorithms.dpals import dpals, dpals_score
 from fedjax_rec.algorithms.fcf import fcf, fcf_score
 from fedjax_rec.algorithms.fedavg import fedavg, fedsgd
 from fedjax_rec.algorithms.fedmf import fedmf
@@ -24,6 +25,7 @@ from fedjax_rec.algorithms.fedrap import additive_scorer, fedrap
 from fedjax_rec.algorithms.fedrec import fedrec
 from fedjax_rec.algorithms.fedrecon import fedrecon, reconstruct
 from fedjax_rec.algorithms.gpfedrec import gpfedrec, private_tower
+from fedjax_rec.algorithms.item_counts import item_counts, item_counts_score
 from fedjax_rec.algorithms.local_only import local_only, local_score
 from fedjax_rec.algorithms.pfedrec import personal_scorer, pfedrec
 from fedjax_rec.algorithms.scaffold import scaffold
@@ -46,9 +48,31 @@ from fedjax_rec.federated.rows import Rows
 from fedjax_rec.federated.transforms import UNBOUNDED, Bound, UpdateTransform, chain
 
 # isort: split
-# Privacy: mechanisms (links of the chain), accounting, ledger and budget.
-from fedjax_rec.privacy import Budget, Ledger, calibrate_noise_multiplier, epsilon_curve, privacy_spent
+# Privacy: clips and noises, links of the chain.
+from fedjax_rec.privacy.adafest import adafest
+from fedjax_rec.privacy.adaptive_clip import adaptive_clip, user_level_adaptive_clip
+from fedjax_rec.privacy.correlated import best_bands, correlated_noise, published, user_level_correlated
+from fedjax_rec.privacy.discrete import discrete_gaussian_noise, round_to_grid, skellam_noise
+from fedjax_rec.privacy.group_clip import clip_by_group_norm
+from fedjax_rec.privacy.laplace import clip_by_l1_norm, laplace_noise
+from fedjax_rec.privacy.local_noise import charge_local, local_gaussian, local_laplace, shuffled_spent
 from fedjax_rec.privacy.mechanisms import clip_by_global_norm, gaussian_noise, user_level_dp
+from fedjax_rec.privacy.privunit import privunit
+from fedjax_rec.privacy.randomized_response import k_randomized_response, randomized_response
+from fedjax_rec.privacy.schedule import calibrate_schedule, geometric, scheduled_gaussian
+from fedjax_rec.privacy.select_rows import head_items, select_rows
+from fedjax_rec.privacy.strategies import banded_toeplitz, tree
+
+# isort: split
+# Privacy: single releases, accounting, ledger, budget, private choices.
+from fedjax_rec.evaluation.private import PrivateEarlyStopping, release_metrics
+from fedjax_rec.models.dp_ease import dp_ease_scorer, dp_ease_weights
+from fedjax_rec.models.dp_gram import dp_gram
+from fedjax_rec.models.popularity import dp_popularity
+from fedjax_rec.privacy import Budget, Ledger, calibrate_noise_multiplier, epsilon_curve, privacy_spent
+from fedjax_rec.privacy.budget import Phase, Plan, solve
+from fedjax_rec.privacy.renyi_filter import RenyiFilter
+from fedjax_rec.privacy.selection import select_privately
 
 # isort: split
 # Evaluation.
