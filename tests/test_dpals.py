@@ -169,7 +169,7 @@ def test_one_user_moves_the_joint_statistics_by_at_most_one(private_rounds, item
     assert all(np.all(np.isfinite(x)) for x in jax.tree.leaves(sums))
     assert moved(*sums) <= 1 + 1e-5
     if LENGTHS[user] == 0 or (user == 4 and ratings):
-        assert moved(*sums) == 0
+        assert moved(*sums) < 1e-6
 
 
 def test_the_bound_is_reached_and_its_shares_are_kept():
