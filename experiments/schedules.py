@@ -52,7 +52,12 @@ from fedjax_rec.runs.stamp import stamp
 NAME = "schedules"
 CONTRACTIONS = (0.98, 0.99)
 # Users, expected cohort, rounds, delta, epsilon.
-TOYS = ((943, 94, 200, 1e-4, 8.0), (6040, 256, 500, 1e-5, 8.0), (6040, 256, 500, 1e-5, 20.0))
+TOYS = (
+    (943, 94, 200, 1e-4, 8.0),
+    (6040, 256, 500, 1e-5, 8.0),
+    (6040, 256, 500, 1e-5, 20.0),
+    (100_000, 1000, 500, 1e-6, 2.0),
+)
 SMOKE_TOYS = ((100, 100, 20, 1e-3, 8.0),)
 EPSILON, DELTA, NUM_ROUNDS, COHORT_SIZE = 8.0, 1e-4, 200, 94
 L2_CLIP_NORM, SERVER_LR, DIM, L2 = 0.02, 0.02, 32, 0.01
@@ -107,9 +112,9 @@ def toy_keys(toys) -> Iterator[dict]:
 
 def training_keys(num_seeds: int) -> Iterator[dict]:
     """What part two has to measure."""
-    for seed in range(num_seeds):
-        for everyone in (False, True):
-            for ratio in RATIOS:
+    for everyone in (False, True):
+        for ratio in RATIOS:
+            for seed in range(num_seeds):
                 yield {"part": "training", "all": everyone, "ratio": ratio, "seed": seed}
 
 
@@ -246,17 +251,24 @@ def training_table(lines: list[dict]) -> Table:
 
 
 def findings(lines: list[dict]) -> str:
-    """What the quadratic says about the two rules, in numbers."""
+    """What the quadratic says about the rules, and the training about the best of them, in numbers."""
     sentences = []
     for everyone, who in ((False, "With Poisson cohorts"), (True, "With every client in every round")):
         parts = []
-        for name in ("half exponent", "textbook"):
+        for name in ("r = 1.5", "half exponent", "textbook"):
             kept = [x for x in lines if x["key"]["part"] == "quadratic" and x["key"]["all"] == everyone]
             energies = [x["values"]["energy"] for x in kept if x["key"]["name"] == name]
             if energies:
                 parts.append(f"{name}: {min(energies):.2f} to {max(energies):.2f}")
         if parts:
             sentences.append(f"{who} the noise energy over that of constant noise is, {'; '.join(parts)}.")
+    better = [row for row in training_table(lines).rows if row[1] != "1" and row[-1] > 1]
+    clear = [row for row in better if float(row[-2].split(" ± ")[0]) > float(row[-2].split(" ± ")[1])]
+    if better:
+        sentences.append(
+            f"On MovieLens 100K {len(clear)} of {len(better)} falling schedules have a higher test {METRIC} than constant "
+            "noise by more than one standard deviation of the paired difference."
+        )
     return " ".join(sentences)
 
 
