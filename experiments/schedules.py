@@ -262,12 +262,12 @@ def findings(lines: list[dict]) -> str:
                 parts.append(f"{name}: {min(energies):.2f} to {max(energies):.2f}")
         if parts:
             sentences.append(f"{who} the noise energy over that of constant noise is, {'; '.join(parts)}.")
-    better = [row for row in training_table(lines).rows if row[1] != "1" and row[-1] > 1]
-    clear = [row for row in better if float(row[-2].split(" ± ")[0]) > float(row[-2].split(" ± ")[1])]
-    if better:
+    falling = [row for row in training_table(lines).rows if row[1] != "1" and row[-1] > 1]
+    clear = [row for row in falling if float(row[-2].split(" ± ")[0]) > float(row[-2].split(" ± ")[1])]
+    if falling:
         sentences.append(
-            f"On MovieLens 100K {len(clear)} of {len(better)} falling schedules have a higher test {METRIC} than constant "
-            "noise by more than one standard deviation of the paired difference."
+            f"On MovieLens 100K {len(clear)} of {len(falling)} falling schedules have a higher test {METRIC} than "
+            "constant noise by more than one standard deviation of the paired difference."
         )
     return " ".join(sentences)
 
