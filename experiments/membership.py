@@ -2,7 +2,7 @@
 
     python -m experiments membership --data-dir ~/data/ml-100k
 
-Minutes on two CPU cores. Writes experiments/results/membership.md, .jsonl and .svg.
+Minutes on two CPU cores. Appends to experiments/results/membership.jsonl; makes membership.md and .svg of it.
 
 MovieLens 100K, implicit feedback. Each of several models is trained on random halves of 85 % of the users, and attacked
 with the others as its shadows. Released and attacked are: EASE's item-to-item weights; the item table of matrix
@@ -49,17 +49,17 @@ from fedjax_rec.models.ease import weights_from_gram
 from fedjax_rec.models.matrix_factorization import matrix_factorization
 from fedjax_rec.privacy.mechanisms import user_level_dp
 from fedjax_rec.reporting import Table, to_markdown
-from fedjax_rec.reporting.style import BLUE, GREEN, MUTED, PINK, STYLE, VERMILION, name_axes, new_figure, to_svg
+from fedjax_rec.reporting.style import BLUE, GREEN, MUTED, STYLE, VERMILION, name_axes, new_figure, to_svg
 from fedjax_rec.runs.stamp import stamp
 
 RESULTS = Path(__file__).parent / "results"
 DELTA, EPSILONS = 5e-4, (8.0, 2.0)
-DIM, SERVER_LR, PRIVATE_LR = 16, 0.05, 10.0
+DIM, SERVER_LR, PRIVATE_LR, NUM_NEGATIVES = 16, 0.1, 30.0, 1
 CLIP_NORM = 0.02
-EARLY, LATE, PRIVATE_ROUNDS = 10, 100, 20
+EARLY, LATE, PRIVATE_ROUNDS = 5, 60, 10
 EASE_L2 = 300.0
 
-Curves = dict[str, dict[str, Roc]]
+GRID = np.geomspace(1e-3, 1, 61)  # false positive rates of the figure
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,7 +78,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--data-dir", type=Path, help="folder with ml-100k/ (default: FEDJAX_REC_DATA)")
     parser.add_argument("--models", type=int, default=8, help="models a row; each is the target once")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--part", action="append", choices=PARTS, help="run only this one; may be repeated")
     parser.add_argument("--smoke", action="store_true", help="seconds, on made-up data; writes nothing")
+    parser.add_argument("--only-page", action="store_true", help="run nothing, write the page from the kept lines")
     args = parser.parse_args(argv)
     if args.smoke:
         train, num_models, rounds = load("synthetic", num_users=60, num_items=60, min_per_user=10), 4, (1, 2, 1)
@@ -86,23 +88,29 @@ def main(argv: list[str] | None = None) -> int:
         train, num_models = load("movielens/100k", data_dir=args.data_dir), args.models
         rounds = (EARLY, LATE, PRIVATE_ROUNDS)
     setting = Setting(train, toss_coins(train, num_models=num_models, seed=args.seed), rounds, args.seed)
-    lines, shown = [], {}
-    for run in (ease_rows, gram_rows, factor_rows):
-        start = time.perf_counter()
-        for name, privacy, signals in run(setting):
-            curves = attack_levels(signals, setting.design, train)
-            shown[name] = curves, privacy
-            lines.append({"row": name, **summary(curves, privacy), "seconds": time.perf_counter() - start})
-            print(
-                f"{name}, {lines[-1]['seconds']:.0f} s: AUC {lines[-1]['auc']:.3f} by {lines[-1]['attack']}", flush=True
-            )
-            start = time.perf_counter()
     made = stamp(seed=args.seed, data_fingerprint=train.fingerprint)
-    page, picture = write_page(lines, setting, made), to_svg(draw(shown))
+    settings = f"{num_models} models, seed {args.seed}, data {train.fingerprint[:16]}"
+    file, lines = RESULTS / "membership.jsonl", []
+    if file.exists() and not args.smoke:
+        lines = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+    for part in () if args.only_page else args.part or PARTS:
+        start = time.perf_counter()
+        for name, privacy, signals in PARTS[part](setting):  # each yields rows as they are done
+            curves = attack_levels(signals, setting.design, train)
+            line = {"row": name, "settings": settings, **summary(curves, privacy), "curves": figure_curves(curves)}
+            line |= {"seconds": time.perf_counter() - start, "stamp": made}
+            lines.append(json.loads(json.dumps(line)))  # as it will be read back
+            if not args.smoke:
+                RESULTS.mkdir(exist_ok=True)
+                with open(file, "a", encoding="utf-8") as kept:
+                    kept.write(json.dumps(line) + "\n")
+            print(f"{name}, {line['seconds']:.0f} s: AUC {line['auc']:.3f} by {line['attack']}", flush=True)
+            start = time.perf_counter()
+    newest = {line["row"]: line for line in lines if line["settings"] == settings}
+    order = [*(name for name in ROWS if name in newest), *(name for name in newest if name not in ROWS)]
+    lines = [newest[name] for name in order]
+    page, picture = write_page(lines, setting), to_svg(draw(lines))
     if not args.smoke:
-        RESULTS.mkdir(exist_ok=True)
-        text = "".join(json.dumps(line | {"stamp": made}) + "\n" for line in lines)
-        (RESULTS / "membership.jsonl").write_text(text, encoding="utf-8")
         (RESULTS / "membership.md").write_text(page, encoding="utf-8")
         (RESULTS / "membership.svg").write_text(picture, encoding="utf-8")
     print(page)
@@ -172,10 +180,15 @@ def _measure_gram(gram, record) -> Signals:
 
 def factor_rows(setting: Setting):
     """Matrix factorisation by FedSGD: user vectors stay private, the item table is released."""
-    early, late, private_rounds = setting.rounds
+    early, late, _ = setting.rounds
     without = train_factors(setting, chain(), (early, late), key=jax.random.key(setting.seed))
     yield f"MF, {early} rounds", None, without[early]
     yield f"MF, {late} rounds", None, without[late]
+
+
+def private_factor_rows(setting: Setting):
+    """The same with clipped updates and noise."""
+    private_rounds = setting.rounds[2]
     for epsilon in EPSILONS:
         noise = get_sigma_gaussian(epsilon, DELTA) * math.sqrt(private_rounds)
         transforms = user_level_dp(l2_clip_norm=CLIP_NORM, noise_multiplier=noise)
@@ -191,7 +204,7 @@ def train_factors(setting: Setting, transforms, num_rounds: tuple[int, ...], *, 
     algorithm = fedsgd(
         matrix_factorization(train.num_items, dim=DIM),
         server_optimizer=optax.adam(SERVER_LR),
-        negatives=Negatives(4),
+        negatives=Negatives(NUM_NEGATIVES),
         private_optimizer=optax.sgd(PRIVATE_LR),
     )
     everyone = full_participation(train.num_users)
@@ -269,44 +282,67 @@ def status(lines: list[dict]) -> str:
     )
 
 
+def early_stopping(lines: list[dict]) -> str:
+    """What stopping after a few rounds leaves of the attack, in a sentence."""
+    found = {line["row"]: line for line in lines}
+    early, late = (found.get(f"MF, {rounds} rounds") for rounds in (EARLY, LATE))
+    if not (early and late):
+        return ""
+    figures = [f"{level}-level {_best(late, level):.3f} becomes {_best(early, level):.3f}" for level in LEVELS]
+    return (
+        f"Stopping MF after {EARLY} rounds instead of {LATE} weakens the attack ({', '.join(figures)}) and is no "
+        "guarantee: a loss threshold alone would have made it look like one "
+        f"({early['levels']['user']['attacks']['loss']['auc']:.3f}).\n\n"
+    )
+
+
 def _best(line: dict, level: str) -> float:
     return max(found["auc"] for found in line["levels"][level]["attacks"].values())
 
 
-def draw(shown: dict[str, tuple[Curves, dict | None]]) -> Figure:
+def figure_curves(curves: dict[str, dict[str, Roc]]) -> dict[str, list[float]]:
+    """True positive rates of the strongest attack of each level, at `GRID`."""
+    best = {level: max(found.values(), key=lambda curve: curve.auc) for level, found in curves.items()}
+    return {level: np.interp(GRID, curve.fpr, curve.tpr).round(5).tolist() for level, curve in best.items()}
+
+
+def draw(lines: list[dict]) -> Figure:
     """Curves of the strongest attacks at both levels, on logarithmic axes, with the ceilings of the private rows."""
-    looks = dict(zip(shown, [(MUTED, "-"), (GREEN, "-"), (GREEN, "--"), (GREEN, ":"), (PINK, "-"), (BLUE, "-"),
-                             (BLUE, "--"), (BLUE, ":")], strict=True))  # fmt: skip
-    grid = np.geomspace(1e-3, 1, 200)
+    ticks = [1e-3, 1e-2, 1e-1, 1]
     with matplotlib.rc_context(STYLE):
-        figure, panels = new_figure(num_panels=2, label_share=0.14)
+        figure, panels = new_figure(num_panels=2, label_share=0.16)
         for axes, level in zip(panels, LEVELS, strict=True):
-            for name, (curves, _) in shown.items():
-                best = max(curves[level].values(), key=lambda curve: curve.auc)
-                colour, dashes = looks[name]
-                axes.plot(grid, np.interp(grid, best.fpr, best.tpr), color=colour, linestyle=dashes, label=name)
-            for epsilon, dashes in zip(EPSILONS, ("--", ":"), strict=True):
-                ceiling = ceiling_for(guarantee(epsilon), level)
-                name = f"ceiling, ε = {epsilon:g}"
-                axes.plot(grid, ceiling.tpr(grid), color=VERMILION, linestyle=dashes, linewidth=1.2, label=name)
-            axes.plot(grid, grid, color=MUTED, linewidth=0.8, linestyle=(0, (1, 2)))
+            for line in lines:
+                colour = next(look for name, look in COLOURS.items() if line["row"].startswith(name))
+                dashes = DASHES[line["privacy"]["epsilon"] if line["privacy"] else None]
+                faint = {"alpha": 0.45} if line["row"].endswith(f" {EARLY} rounds") else {}
+                axes.plot(GRID, line["curves"][level], color=colour, linestyle=dashes, label=line["row"], **faint)
+            for epsilon in EPSILONS:
+                ceiling, name = ceiling_for(guarantee(epsilon), level), f"ceiling, ε = {epsilon:g}"
+                look = {"color": VERMILION, "linestyle": DASHES[epsilon], "linewidth": 1.2}
+                axes.plot(GRID, ceiling.tpr(GRID), label=name, **look)
+            axes.plot(GRID, GRID, color=MUTED, linewidth=0.8, linestyle=(0, (1, 2)))
             axes.set_xscale("log")
             axes.set_yscale("log")
             axes.set_ylim(1e-3, 1.1)
+            axes.set_xticks(ticks, ["0.1 %", "1 %", "10 %", "100 %"])
+            axes.set_yticks(ticks, ["0.1 %", "1 %", "10 %", "100 %"])
             name_axes(axes, x="false positive rate", y=f"true positive rate, {level}-level")
         panels[-1].legend(loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False, fontsize=8)
     return figure
 
 
-def write_page(lines: list[dict], setting: Setting, made: dict) -> str:
+def write_page(lines: list[dict], setting: Setting) -> str:
     """The page: status, what was done, tables, figure, and what made it."""
+    made = lines[-1]["stamp"]
+    commits = sorted({(line["stamp"]["commit"] or "none")[:12] for line in lines})
     tables = "\n".join(to_markdown(make_table(lines, level)) for level in LEVELS)
     return (
-        f"# Membership inference\n\nStatus: {status(lines)}\n\n{ABOUT}\n\n{tables}\n"
+        f"# Membership inference\n\nStatus: {status(lines)}\n\n{early_stopping(lines)}{ABOUT}\n\n{tables}\n"
         "![ROC curves and ceilings](membership.svg)\n\n"
         f"Written by `python -m experiments membership`; {setting.train.name}, data sha256 "
         f"{made['data_fingerprint'][:16]}, {len(setting.design.users)} models a row, seed {setting.seed}, "
-        f"commit {(made['commit'] or 'none')[:12]}, {made['device_kind']}.\n"
+        f"commits {', '.join(commits)}, {made['device_kind']}.\n"
     )
 
 
@@ -320,9 +356,21 @@ Ceilings are those of Gaussian differential privacy for everyone in every round 
 who is in or out. An interaction is in or out while its user is in: the record is replaced by another one, which is two
 such steps, so its ceiling is that of twice the mu.
 
-EASE has l2 = {EASE_L2:g}. MF: dim {DIM}, FedSGD with Adam at {SERVER_LR:g}, no regularisation; under DP with clip norm
-{CLIP_NORM:g} and {PRIVATE_ROUNDS} rounds. Gram matrix: sum over users of x xᵀ/|x|², one release."""
+EASE has l2 = {EASE_L2:g}. MF: dim {DIM}, FedSGD with Adam at {SERVER_LR:g}, {NUM_NEGATIVES} negative for each positive,
+no regularisation; under DP with clip norm {CLIP_NORM:g} and {PRIVATE_ROUNDS} rounds. Gram matrix: the sum over users of
+x xᵀ/|x|², one release."""
 
+PARTS = {"ease": ease_rows, "gram": gram_rows, "mf": factor_rows, "private-mf": private_factor_rows}
+ROWS = (
+    "EASE",
+    "Gram matrix",
+    *(row_name("Gram matrix", epsilon) for epsilon in EPSILONS),
+    f"MF, {EARLY} rounds",
+    f"MF, {LATE} rounds",
+    *(row_name(f"MF, {PRIVATE_ROUNDS} rounds", epsilon) for epsilon in EPSILONS),
+)
+COLOURS = {"EASE": MUTED, "Gram": GREEN, "MF": BLUE}
+DASHES = {None: "-", 8.0: "--", 2.0: ":"}
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -2,6 +2,7 @@
 
 import json
 import math
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +12,7 @@ import pytest
 from evaluation_worlds import interactions
 from scipy.stats import norm
 from small_runs import write_csv
+from test_report import made_up_run, plain, report_of
 
 from fedjax_rec.algorithms.fedavg import fedsgd
 from fedjax_rec.attacks.membership import (
@@ -33,14 +35,12 @@ from fedjax_rec.attacks.scores import ATTACKS, Evidence
 from fedjax_rec.attacks.shadow_models import keep_rows, only_train, toss_coins, train_models
 from fedjax_rec.attacks.signals import factor_scores, measured
 from fedjax_rec.data.clients import client_data
-from fedjax_rec.data.negatives import Negatives
 from fedjax_rec.federated.cohort import full_participation
 from fedjax_rec.federated.round import make_rounds
 from fedjax_rec.federated.transforms import chain
 from fedjax_rec.models.base import Shared
 from fedjax_rec.models.matrix_factorization import matrix_factorization
 from fedjax_rec.privacy.formulas import membership_auc_ceiling
-from fedjax_rec.reporting.html import write_report
 from fedjax_rec.reporting.statements import audit_line
 from fedjax_rec.runs.config import PrivacyConfig, TrainConfig, to_dict
 
@@ -179,8 +179,9 @@ def test_left_out_rows_leave_nothing_behind(train):
     rng = np.random.default_rng(0)
     keep = rng.random(train.num_interactions) < 0.6
     keep[train.user_ids == 5] = False
-    clients = client_data(only_train(train), num_buckets=2)
-    for bucket in keep_rows(jax.device_put(clients.buckets), jnp.asarray(keep), train.offsets):
+    clients = client_data(only_train(train), num_buckets=1)
+    shortened = jax.jit(partial(keep_rows, offsets=train.offsets))(clients.buckets, jnp.asarray(keep))
+    for bucket in jax.device_get(shortened):
         for row, user in enumerate(np.asarray(bucket.client_id)):
             wanted = train.item_ids[keep & (train.user_ids == user)]
             num = int(bucket.length[row])
@@ -197,7 +198,7 @@ def trained(train):
     """Four models of one round, one after another and two at a time; nobody is in the last."""
     clients = client_data(only_train(train), num_buckets=1)
     model = matrix_factorization(NUM_ITEMS, dim=2)
-    algorithm = fedsgd(model, server_optimizer=optax.sgd(1.0), negatives=Negatives(1))
+    algorithm = fedsgd(model, server_optimizer=optax.sgd(1.0))
     rounds = make_rounds(algorithm, chain(), full_participation(NUM_USERS), clients, span_size=1, chunk_size=8)
     design = toss_coins(train, num_models=4, seed=1)
     design.rows[3] = False
@@ -288,8 +289,16 @@ def test_a_run_is_attacked_and_its_report_says_so(tmp_path):
     assert found["auc_ceiling"] == pytest.approx(membership_auc_ceiling(2.0, delta=1e-3), abs=2e-3)
     assert not found["bug"]
     assert set(found["levels"]) == {"user", "interaction"}
-    page = write_report(tmp_path).read_text(encoding="utf-8")
-    assert "membership AUC" in page or "not audited" not in page
+
+
+def test_every_private_report_says_whether_it_was_audited(tmp_path):
+    files = made_up_run()
+    assert f"not audited: run fedjax-rec audit privacy {tmp_path}" in plain(report_of(tmp_path, files))
+    files["audit.json"] = {"lower_bound": 1.25, "num_canaries": 1000, "confidence": 0.95}
+    files["membership.json"] = {"auc": 0.6, "attack": "LiRA online", "auc_ceiling": 0.9, "bug": False}
+    words = plain(report_of(tmp_path, files))
+    assert "audited ε ≥ 1.25 (1,000 canaries, confidence 95%); membership AUC .6000 (LiRA online" in words
+    assert "not audited" not in plain(report_of(tmp_path / "open", made_up_run(private=False)))
 
 
 def test_the_line_of_a_report():

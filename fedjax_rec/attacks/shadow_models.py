@@ -165,12 +165,12 @@ def train_models(
     num_models, found = len(design.users), {reached: [] for reached in num_rounds}
     at_once = at_once or AT_ONCE.get(jax.default_backend(), ACCELERATOR_AT_ONCE)
     prepare = jax.jit(partial(keep_rows, offsets=train.offsets))
-    measure, buckets = jax.jit(measure), jax.device_put(clients.buckets)
+    init, measure, buckets = jax.jit(rounds.init), jax.jit(measure), jax.device_put(clients.buckets)
 
     def trained(keep, key):
         init_key, cohort_key, client_key, noise_key = jax.random.split(key, 4)
         population, results, done = prepare(buckets, keep), {}, 0
-        state, private = rounds.init(init_key)
+        state, private = init(init_key)
         keys = RoundKeys(cohort_key, client_key, noise_key)
         for reached in num_rounds:
             while done < reached:
