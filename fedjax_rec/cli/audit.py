@@ -1,4 +1,4 @@
-"""`fedjax-rec audit`: how good a method looks under a protocol without learning anything."""
+"""`fedjax-rec audit protocol`: how good a method looks under a protocol without learning anything."""
 
 import dataclasses
 import difflib
@@ -34,10 +34,14 @@ class AuditConfig:
     A paper's protocol by its name (pfedrec_paper, fedrap_paper, ncf, strict_99, strict_full, paper_full):
 
         fedjax-rec audit protocol --protocol fedrap_paper --rounds 20
+
+    The other audit looks for bugs in a run's differential privacy; `fedjax-rec audit privacy --help` explains it:
+
+        fedjax-rec audit privacy runs/mine
     """
 
     what: Annotated[Literal["protocol"], tyro.conf.Positional] = "protocol"
-    """What to audit."""
+    """What to audit: protocol; privacy has options of its own."""
     dataset: str = "synthetic"
     """Data set or file, as for train --dataset."""
     data_dir: Path | None = None

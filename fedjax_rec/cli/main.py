@@ -11,6 +11,7 @@ from typing import Annotated
 import tyro
 
 from fedjax_rec.cli.audit import AuditConfig
+from fedjax_rec.cli.audit_privacy import AuditPrivacyConfig
 from fedjax_rec.cli.budget import BudgetConfig
 from fedjax_rec.cli.data import DataConfig
 from fedjax_rec.cli.epsilon import EpsilonConfig
@@ -67,6 +68,8 @@ def entry() -> None:
 
 
 def _parse(args: list[str]):
+    if args[:2] == ["audit", "privacy"]:
+        return tyro.cli(AuditPrivacyConfig, args=args[2:], prog="fedjax-rec audit privacy")
     default, args = _train_default(args)
     verbs = (
         Annotated[TrainConfig, tyro.conf.subcommand("train", default=default)]
@@ -121,6 +124,8 @@ def _run(config) -> int:
             from fedjax_rec.cli.evaluate import run
         elif isinstance(config, AuditConfig):
             from fedjax_rec.cli.audit import run
+        elif isinstance(config, AuditPrivacyConfig):
+            from fedjax_rec.cli.audit_privacy import run
         else:
             from fedjax_rec.cli.train import run
     return run(config)
