@@ -303,20 +303,18 @@ def test_every_private_report_says_whether_it_was_audited(tmp_path):
 
 def test_the_line_of_a_report():
     statement = {"epsilon": 2.0, "delta": 1e-4, "unit": "user", "relation": "add_or_remove_one", "sampler": "all"}
-    audit = {
-        "claimed_epsilon": 2.0,
-        "lower_bound": 0.7,
-        "lower_bound_fdp": 0.9,
-        "num_canaries": 5000,
-        "confidence": 0.95,
-    }
+    audit = {"claimed_epsilon": 1.5, "lower_bound": 1.2, "lower_bound_fdp": 0.9, "passed": True, "num_rounds": 64}
+    audit |= {"run_rounds": 200, "num_canaries": 5000, "confidence": 0.95}
     attacked = {"auc": 0.53, "attack": "LiRA online", "auc_ceiling": 0.658, "bug": False}
     assert audit_line(statement, audit={}, membership={}) == "not audited: run fedjax-rec audit privacy RUN"
     line = audit_line(statement, audit=audit, membership=attacked)
     assert line.startswith("claimed ε = 2")
-    assert "audited ε ≥ 0.9 (5,000 canaries, confidence 95%)" in line
+    assert "audited ε ≥ 0.9 (64 of 200 rounds, for which 1.50 is claimed, 5,000 canaries, confidence 95%)" in line
     assert "membership AUC .5300 (LiRA online, ceiling .6580)" in line
     assert "\n" not in line
     assert "ABOVE" not in line
-    assert "ABOVE the claim" in audit_line(statement, audit={**audit, "lower_bound_fdp": 2.5}, membership={})
+    failed = audit_line(statement, audit={**audit, "passed": False, "lower_bound_fdp": "inf"}, membership={})
+    assert "audited ε ≥ ∞" in failed
+    assert "ABOVE the claim" in failed
+    assert "ABOVE the claim" in audit_line(statement, audit={"claimed_epsilon": 1.5, "lower_bound": 1.6}, membership={})
     assert "ABOVE what the claim" in audit_line(statement, audit={}, membership={**attacked, "bug": True})

@@ -63,23 +63,29 @@ def audit_line(
 
     Args:
       privacy: the run's statement, as for `epsilon_label`.
-      audit: the content of audit.json: `claimed_epsilon`, `lower_bound` and `lower_bound_fdp`, `num_canaries`,
-        `confidence`; or {}.
+      audit: the content of audit.json, or {}: `lower_bound_fdp` or `lower_bound` ("inf" for infinity), `passed`,
+        `claimed_epsilon`, which is that of the audited rounds alone, `num_rounds`, `run_rounds`, `num_canaries`,
+        `confidence`.
       membership: the content of membership.json: `auc`, `auc_error`, `attack`, `auc_ceiling`, `bug`; or {}.
       run: the run directory, for the command that makes up for what is missing.
     """
-    bounds = [audit[name] for name in ("lower_bound_fdp", "lower_bound") if is_number(audit.get(name))]
+    # The first, and not the larger: the better of two bounds no longer holds at the confidence of each.
+    found = [math.inf if audit.get(name) == "inf" else audit.get(name) for name in ("lower_bound_fdp", "lower_bound")]
+    bound = next((value for value in found if is_number(value)), None)
     auc = membership.get("auc")
-    if not bounds and not is_number(auc):
+    if bound is None and not is_number(auc):
         return f"not audited: run fedjax-rec audit privacy {run}"
-    claimed = audit.get("claimed_epsilon") if privacy is None else privacy["epsilon"]
-    parts = [f"claimed ε = {format_epsilon(claimed)}" if is_number(claimed) else "no ε claimed"]
-    if bounds:
-        how = [f"{audit['num_canaries']:,} canaries"] if is_number(audit.get("num_canaries")) else []
+    parts = ["no ε claimed" if privacy is None else f"claimed ε = {format_epsilon(privacy['epsilon'])}"]
+    if bound is not None:
+        how, claimed = [], audit.get("claimed_epsilon")
+        if is_number(audit.get("num_rounds")) and is_number(audit.get("run_rounds")):
+            how.append(f"{audit['num_rounds']:,} of {audit['run_rounds']:,} rounds")
+        how += [f"for which {format_epsilon(claimed)} is claimed"] if is_number(claimed) else []
+        how += [f"{audit['num_canaries']:,} canaries"] if is_number(audit.get("num_canaries")) else []
         how += [f"confidence {audit['confidence']:.0%}"] if is_number(audit.get("confidence")) else []
-        # The first, and not the larger: the better of two bounds no longer holds at the confidence of each.
-        parts.append(f"audited ε ≥ {bounds[0]:.3g}" + (f" ({', '.join(how)})" if how else ""))
-        if is_number(claimed) and max(bounds) > claimed:
+        shown = "∞" if math.isinf(bound) else f"{bound:.3g}"
+        parts.append(f"audited ε ≥ {shown}" + (f" ({', '.join(how)})" if how else ""))
+        if not audit.get("passed", not is_number(claimed) or bound <= claimed):
             parts[-1] += ", ABOVE the claim: the run is less private than it says"
     else:
         parts.append(f"no audited bound: run fedjax-rec audit privacy {run}")
