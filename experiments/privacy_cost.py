@@ -162,10 +162,12 @@ def in_its_own_process(name: str, args: argparse.Namespace) -> dict[str, Any]:
     flags = ("items", "dim", "noise", "turns", "least_turns", "seconds", "max_gib")
     command = [sys.executable, "-m", "experiments", "privacy_cost", "--child", name]
     command += [f"--{flag.replace('_', '-')}={getattr(args, flag)}" for flag in flags]
+    # Compile seconds are of compiling. Set from outside: JAX asks once, at its first compilation.
+    environment = os.environ | {"JAX_ENABLE_COMPILATION_CACHE": "false"}
     failed = {"mechanism": name, **_setting(args), "load": os.getloadavg()[0]}
     failed["stamp"] = stamp(seed=0, data_fingerprint=None)
     try:
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=args.timeout)
+        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=args.timeout)
     except subprocess.TimeoutExpired:
         return failed | {"failed": f"stopped after {args.timeout:g} s, compilation included"}
     printed = [line for line in done.stdout.splitlines() if line.startswith("{")]
@@ -208,29 +210,28 @@ def make_table(lines: Sequence[dict]) -> Table:
 
 
 def findings(sizes: dict[int, dict[str, dict]]) -> list[str]:
-    """What the numbers say, a sentence or two for each size."""
+    """What the numbers say, a few sentences for each size."""
     said = []
     for items, lines in sizes.items():
         ran = {name: line for name, line in lines.items() if "ratio" in line}
-        private = {name: line for name, line in ran.items() if line["epsilon"] is not None}
-        if not private:
+        times = {name: line["cpu_ratio"] for name, line in ran.items() if line["epsilon"] is not None}
+        if not times:
             continue
-        dear, cheap = (pick(private, key=lambda name: private[name]["cpu_ratio"]) for pick in (max, min))
+        dear, cheap = (pick(times, key=times.__getitem__) for pick in (max, min))
         sentence = (
-            f"{items:,} items, in processor time: the most expensive mechanism is {dear}, "
-            f"{private[dear]['cpu_ratio']:.3g} times the round without privacy, and the cheapest is {cheap}, {private[cheap]['cpu_ratio']:.3g} times."
+            f"{items:,} items, in processor time: the most expensive mechanism is {dear}, {times[dear]:.3g} times the "
+            f"round without privacy, and the cheapest is {cheap}, {times[cheap]:.3g} times."
         )
-        if "Gaussian" in private:
-            sentence += f" Gaussian noise takes {private['Gaussian']['cpu_ratio']:.3g} times"
-            fewer = [name for name in ("select_rows", "AdaFEST") if name in private]
-            sentence += "".join(f", {name} {private[name]['cpu_ratio']:.3g}" for name in fewer) + "."
+        if "Gaussian" in times:
+            sentence += f" Gaussian noise takes {times['Gaussian']:.3g} times"
+            sparse = [name for name in ("select_rows", "AdaFEST") if name in times]
+            sentence += "".join(f", {name} {times[name]:.3g}" for name in sparse) + "."
         if "none" in ran:
-            base = ran["none"]
-            q1, _, q3 = base["cpu_ratio_quartiles"]
+            q1, _, q3 = ran["none"]["cpu_ratio_quartiles"]
+            peaks = {name: line["peak_memory_bytes"] / 2**30 for name, line in ran.items()}
+            large = max(peaks, key=peaks.__getitem__)
             sentence += f" None against itself has quartiles of {q1:.2f} and {q3:.2f}."
-            large = max(ran, key=lambda name: ran[name]["peak_memory_bytes"])
-            extra = (ran[large]["peak_memory_bytes"] - base["peak_memory_bytes"]) / 2**30
-            sentence += f" Most memory: {large}, {max(extra, 0):.2f} GiB above none."
+            sentence += f" Most memory: {large}, {peaks[large] - peaks['none']:.2f} GiB above none."
         refused = [name for name, line in lines.items() if line.get("refused")]
         sentence += f" Refused: {', '.join(refused)}." if refused else ""
         said.append(sentence)
@@ -325,7 +326,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--noise", type=float, help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     if args.child:
-        jax.config.update("jax_enable_compilation_cache", False)  # compile seconds are of compiling
         print(json.dumps(measure(args.child, args)))
         return 0
     file, new = RESULTS / "privacy_cost.jsonl", []
