@@ -118,12 +118,6 @@ def sampling_not_done(num_clients: int) -> Sampler:
     return _tenth(num_clients)._replace(draw=lambda key, round_index: jnp.ones(num_clients, bool))
 
 
-def the_same_cohort_every_round(num_clients: int) -> Sampler:
-    """Half of the clients, drawn once and for all."""
-    honest = fixed_size(num_clients, cohort_size=num_clients // 2)
-    return honest._replace(draw=lambda key, round_index: honest.draw(key, 0))
-
-
 class _Realised:
     """Stands where the expected size should: what is divided by it is divided by who came."""
 
