@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import tyro
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from fedjax_rec.privacy.audit import AuditResult
     from fedjax_rec.privacy.canaries import Layout
     from fedjax_rec.reporting import Table
@@ -53,6 +55,11 @@ class AuditPrivacyConfig:
     """Of the first."""
     data_dir: Path | None = None
     """Folder of the data set, if it moved since."""
+    membership: bool = False
+    """Also attack a run's training: train shadow models with and without each user, and tell members from others by
+    what is released. Minutes, on the run's own data; writes membership.json."""
+    num_shadows: int = 15
+    """Shadow models of that attack."""
     json: bool = False
     """Print one JSON object and nothing else."""
 
@@ -68,6 +75,7 @@ def run(config: AuditPrivacyConfig) -> int:
 
     from fedjax_rec.privacy.audit import NUM_CROWD_RUNS, make_audit
     from fedjax_rec.reporting import to_rich
+    from fedjax_rec.reporting.html import write_report
     from fedjax_rec.runs import directory
 
     _check(config)
@@ -94,12 +102,26 @@ def run(config: AuditPrivacyConfig) -> int:
     answer = as_json(worst, experiment, results)
     if config.run.is_dir():
         directory.write_json(config.run / AUDIT, answer)
+    console.print(to_rich(_table(worst, experiment, config), max_width=console.width))
+    console.print(answer["sentence"])
+    attack = _attack(config, console) if config.membership else None
+    if (config.run / directory.RESULT).is_file():
+        console.print(f"Report: {write_report(config.run)}", soft_wrap=True)
     if config.json:
-        print(json.dumps(answer, allow_nan=False))
-    else:
-        console.print(to_rich(_table(worst, experiment, config), max_width=console.width))
-        console.print(answer["sentence"])
-    return 0 if answer["passed"] else 1
+        print(json.dumps(answer | ({} if attack is None else {"membership": attack}), allow_nan=False))
+    return 0 if answer["passed"] and not (attack or {}).get("bug") else 1
+
+
+def _attack(config: AuditPrivacyConfig, console: "Console") -> dict[str, Any]:
+    """Membership inference on a run directory: prints its verdict, and leaves membership.json there."""
+    from fedjax_rec.attacks.membership import attack_run
+
+    console.print(f"Training {config.num_shadows} shadow models ...")
+    found = attack_run(config.run, num_shadows=config.num_shadows)
+    console.print(
+        f"Membership AUC {found['auc']:.3f} ± {found['auc_error']:.3f} ({found['attack']}). {found['verdict']}"
+    )
+    return found
 
 
 def rounds_to_audit(experiment: "Experiment") -> int:
@@ -151,7 +173,9 @@ def as_json(worst: "AuditResult", experiment: "Experiment", results: list["Audit
 
 
 def _check(config: AuditPrivacyConfig) -> None:
-    for flag in ("num_canaries", "num_rounds", "seeds"):
+    if config.membership and not config.run.is_dir():
+        raise ValueError(f"--membership leaves its answer in a run directory, and {config.run} is none; give a run.")
+    for flag in ("num_canaries", "num_rounds", "seeds", "num_shadows"):
         value = getattr(config, flag)
         if value is not None and value < 1:
             raise ValueError(f"--{flag.replace('_', '-')} must be a positive number; got {value}.")
