@@ -1,8 +1,10 @@
 """Noise that changes over the rounds: schedules, the link that adds them, and their calibration to one epsilon.
 
 Late noise is never trained away, early noise partly is. So, at the same epsilon, less noise at the end and more at the
-start can leave a better model; how much of it depends on the accountant, see `experiments/schedules.py`. A schedule is
-fixed before the run and looks at no data. One that reacts to what was released needs `renyi_filter.RenyiFilter`.
+start leaves less of it in an optimiser that contracts, how much less depends on the accountant. Training a recommender
+may show nothing of that: `experiments/schedules.py` has both, and on MovieLens 100K no gain beyond the spread of seeds.
+A schedule is fixed before the run and looks at no data. One that reacts to what was released needs
+`renyi_filter.RenyiFilter`.
 """
 
 import math
