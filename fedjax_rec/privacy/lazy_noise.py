@@ -26,7 +26,7 @@ import jax.numpy as jnp
 from fedjax_rec.federated.rows import take_rows
 
 # Rows brought up to date at a time when all are: few stay in a CPU's cache.
-_PIECE = {"cpu": 256}
+_PIECE = {"cpu": 1024}
 _ACCELERATOR_PIECE = 1 << 16
 
 
@@ -62,16 +62,22 @@ def catch_up(table: LazyTable, row_ids: jax.Array, round_index: jax.Array, key: 
     """
     row_ids = row_ids.reshape(-1)
     since = table.noised.at[row_ids].get(mode="fill", fill_value=0)
-    owed = stddev * jnp.sqrt((round_index - since).astype(jnp.float32))
+    # Set and not added: a row that occurs twice is the same number twice.
+    values = table.values.at[row_ids].set(_noised(table.values, row_ids, since, round_index, key, stddev), mode="drop")
+    # What is written comes from what was read, or the compiler copies the array to keep the two apart.
+    return LazyTable(values, table.noised.at[row_ids].set(jnp.maximum(since, round_index), mode="drop"))
+
+
+def _noised(values, row_ids, since, round_index, key, stddev):
+    """Rows ``row_ids`` of ``values`` with the noise of rounds ``since .. round_index - 1``."""
+    key = jax.random.fold_in(key, round_index)
 
     def noise_of(row, since):
         row_key = jax.random.fold_in(jax.random.fold_in(key, row), since)
-        return jax.random.normal(jax.random.fold_in(row_key, round_index), (table.values.shape[1],))
+        return jax.random.normal(row_key, (values.shape[1],))
 
-    noised = take_rows(table.values, row_ids) + owed[:, None] * jax.vmap(noise_of)(row_ids, since)
-    # Set and not added: a row that occurs twice is the same number twice.
-    values = table.values.at[row_ids].set(noised, mode="drop")
-    return LazyTable(values, table.noised.at[row_ids].set(round_index, mode="drop"))
+    owed = stddev * jnp.sqrt((round_index - since).astype(jnp.float32))
+    return take_rows(values, row_ids) + owed[:, None] * jax.vmap(noise_of)(row_ids, since)
 
 
 def read(
@@ -97,9 +103,10 @@ def apply(
       The table, and the total with these rows cleared, so that the next round need not clear them all.
     """
     row_ids = row_ids.reshape(-1)
-    stepped = take_rows(table.values, row_ids) + rate * take_rows(total, row_ids)
-    table = table._replace(values=table.values.at[row_ids].set(stepped, mode="drop"))
-    return table, total.at[row_ids].set(0, mode="drop")
+    change = take_rows(total, row_ids)
+    values = table.values.at[row_ids].set(take_rows(table.values, row_ids) + rate * change, mode="drop")
+    # Zero, sums of clipped updates being finite, and written so because a plain zero would copy the total, as above.
+    return table._replace(values=values), total.at[row_ids].set(change - change, mode="drop")
 
 
 def flush(table: LazyTable, round_index: jax.Array, key: jax.Array, stddev: float) -> jax.Array:
@@ -111,7 +118,9 @@ def flush(table: LazyTable, round_index: jax.Array, key: jax.Array, stddev: floa
     piece = min(_PIECE.get(jax.default_backend(), _ACCELERATOR_PIECE), num_rows)
     place = jnp.arange(piece, dtype=jnp.int32)
 
-    def body(i, table):
-        return catch_up(table, i * piece + place, round_index, key, stddev)
+    def body(i, values):
+        row_ids = i * piece + place
+        since = table.noised.at[row_ids].get(mode="fill", fill_value=0)
+        return values.at[row_ids].set(_noised(values, row_ids, since, round_index, key, stddev), mode="drop")
 
-    return jax.lax.fori_loop(0, -(-num_rows // piece), body, table).values
+    return jax.lax.fori_loop(0, -(-num_rows // piece), body, table.values)

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from fedjax_rec.data.interactions import Interactions
-from fedjax_rec.federated.rows import Rows, is_rows
+from fedjax_rec.federated.rows import Rows, find_rows, is_rows
 from fedjax_rec.federated.transforms import UpdateTransform
 from fedjax_rec.models.popularity import dp_popularity
 from fedjax_rec.privacy.ledger import Ledger
@@ -77,23 +77,17 @@ def select_rows(row_ids: Sequence[int] | np.ndarray, *, num_rows: int) -> Update
     chosen = np.sort(np.asarray(row_ids, np.int64))
     if len(chosen) == 0 or chosen[0] < 0 or chosen[-1] >= num_rows or np.any(chosen[1:] == chosen[:-1]):
         raise ValueError(f"row_ids must be one or more distinct rows of 0 to {num_rows - 1}; got {row_ids}.")
-    num_chosen = len(chosen)
+    chosen, num_chosen = chosen.astype(np.int32), len(chosen)
 
-    def init(params):
-        del params
-        place = np.full(num_rows, num_chosen, np.int32)
-        place[chosen] = np.arange(num_chosen)
-        return {"row_ids": jnp.asarray(chosen, jnp.int32), "place": jnp.asarray(place)}
-
-    def compact(rows, state):
+    def compact(rows):
         if rows.whole:
-            return Rows(jnp.arange(num_chosen, dtype=jnp.int32), rows.values[state["row_ids"]], num_chosen, whole=True)
-        place = state["place"].at[rows.ids].get(mode="fill", fill_value=num_chosen)
-        values = jnp.where((place < num_chosen)[:, None], rows.values, 0)
-        return Rows(place, values, num_chosen, unique=rows.unique)
+            return Rows(jnp.arange(num_chosen, dtype=jnp.int32), rows.values[chosen], num_chosen, whole=True)
+        place, found = find_rows(jnp.asarray(chosen), rows.ids)
+        values = jnp.where(found[:, None], rows.values, 0)
+        return Rows(jnp.where(found, place, num_chosen), values, num_chosen, unique=rows.unique)
 
     def client(update, state, key):
-        del key
+        del state, key
         leaves, structure = jax.tree.flatten(update, is_leaf=is_rows)
         meant = [is_rows(leaf) and leaf.num_rows == num_rows for leaf in leaves]
         if not any(meant):
@@ -103,7 +97,7 @@ def select_rows(row_ids: Sequence[int] | np.ndarray, *, num_rows: int) -> Update
                 f"Another leaf of this update has {num_chosen} rows too, as many as were chosen, so their sums look "
                 "alike. Choose one row more or less."
             )
-        leaves = [compact(leaf, state) if is_meant else leaf for leaf, is_meant in zip(leaves, meant, strict=True)]
+        leaves = [compact(leaf) if is_meant else leaf for leaf, is_meant in zip(leaves, meant, strict=True)]
         return jax.tree.unflatten(structure, leaves), {}
 
     def server(total, state, key):
@@ -113,13 +107,13 @@ def select_rows(row_ids: Sequence[int] | np.ndarray, *, num_rows: int) -> Update
             if _num_rows(leaf) != num_chosen:
                 return leaf
             if not is_rows(leaf):
-                return Rows(state["row_ids"], leaf, num_rows)
-            ids = state["row_ids"].at[leaf.ids].get(mode="fill", fill_value=num_rows)
+                return Rows(jnp.asarray(chosen), leaf, num_rows)
+            ids = jnp.asarray(chosen).at[leaf.ids].get(mode="fill", fill_value=num_rows)
             return dataclasses.replace(leaf, ids=ids, num_rows=num_rows, whole=False)
 
         return jax.tree.map(expand, total, is_leaf=is_rows), state
 
-    return UpdateTransform(init=init, client=client, server=server)
+    return UpdateTransform(client=client, server=server)
 
 
 def _num_rows(leaf) -> int | None:
