@@ -21,7 +21,7 @@ import sys
 import time
 from pathlib import Path
 
-from dp_accounting import RepeatAndSelectDpEvent
+from dp_accounting.dp_event import RepeatAndSelectDpEvent
 
 from experiments import _contenders as contenders
 from experiments.harness import RESULTS, read_lines
