@@ -189,11 +189,11 @@ def make_table(lines: Sequence[dict]) -> Table:
     rows = []
     for line in lines:
         outcome = next((f"{key}: {line[key]}" for key in ("refused", "failed") if line.get(key)), None)
-        cells = (None,) * 7
+        cells = (None,) * 8
         if outcome is None:
             cells = tuple(f"{line[key]:.3g}" for key in ("median_s", "none_s", "ratio", "cpu_ratio"))
             q1, _, q3 = line["cpu_ratio_quartiles"]
-            cells += (f"{q1:.2f} to {q3:.2f}",)
+            cells += (f"{q1:.2f} to {q3:.2f}", str(line["turns"]))
             cells += (f"{line['compile_s']:.1f}", f"{line['peak_memory_bytes'] / 2**30:.2f}")
         state = format_bytes(line.get("state_bytes"))
         rows.append((line["mechanism"], *cells, state, f"{line['load']:.1f}", outcome))
@@ -203,6 +203,7 @@ def make_table(lines: Sequence[dict]) -> Table:
         "ratio",
         "CPU ratio",
         "its quartiles",
+        "turns",
         "compile, s",
         "peak memory, GiB",
     )
@@ -279,12 +280,14 @@ def write_page(lines: Sequence[dict]) -> str:
     for items, by_name in sizes.items():
         dim = next(iter(by_name.values()))["dim"]
         parts += [f"## {items:,} items of dim {dim}", to_markdown(make_table(list(by_name.values()))).rstrip()]
-    stamps, loads = [line["stamp"] for line in kept], [line["load"] for line in kept]
+    stamps = sorted((line["stamp"] for line in kept), key=lambda s: s["utc_time"])
+    loads = [line["load"] for line in kept]
     devices = sorted({f"{s['device_kind']} ({s['platform']}, {s['cpu_count']} cores)" for s in stamps})
-    commits = sorted({(s["commit"] or "none")[:12] + (" with changes" if s["dirty"] else "") for s in stamps})
+    commits = list(dict.fromkeys((s["commit"] or "none")[:12] for s in stamps))
+    dirty = " (with uncommitted changes)" if any(s["dirty"] for s in stamps) else ""
     parts.append(
-        f"Written by `python -m experiments privacy_cost`; commits {', '.join(commits)}; device {', '.join(devices)}. "
-        f"The machine was shared: load averages {min(loads):.1f} to {max(loads):.1f} at the end of a row. Above the "
+        f"Written by `python -m experiments privacy_cost`; commits {', '.join(commits)}{dirty}; device "
+        f"{', '.join(devices)}. The machine was shared: load averages {min(loads):.1f} to {max(loads):.1f} at the end of a row. Above the "
         "number of cores, other work made seconds longer, those of none beside it as well: read the ratios. No GPU was "
         "measured."
     )
@@ -297,7 +300,8 @@ ABOUT = f"""One round of FedSGD with matrix factorisation, clients, sum, noise a
 in the same process and in turn with the mechanism; the ratio is the median over turns, and the CPU ratio that of the
 processor's time, which waiting for other work does not lengthen. Peak memory is the largest
 resident set of the process, Python and compilation included, after two rounds of the mechanism and before the other
-exists. The chain's state is what the server keeps from round to round for the mechanism.
+exists; compile seconds are those of its first round above the median. The chain's state is what the server keeps from
+round to round for the mechanism.
 
 The server's step is the sparse one, so select_rows and AdaFEST, which let at most {SHARE_OF_ROWS:.0%} of the rows
 through, step those rows only. With few clients an item, AdaFEST's choice is mostly noise here: its time does not depend

@@ -8,7 +8,14 @@ from experiments import privacy_cost
 from experiments._mechanisms import EPSILON, MECHANISMS, SCHEDULE, World, noise_of, spent
 from fedjax_rec.federated.transforms import UNBOUNDED
 
-STAMP = {"commit": "c" * 40, "dirty": False, "device_kind": "cpu", "platform": "Linux", "cpu_count": 2}
+STAMP = {
+    "commit": "c" * 40,
+    "dirty": False,
+    "device_kind": "cpu",
+    "platform": "Linux",
+    "cpu_count": 2,
+    "utc_time": "2026",
+}
 LINE = {
     "mechanism": "none",
     "items": 3706,
