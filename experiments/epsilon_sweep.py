@@ -2,7 +2,7 @@
 
     python -m experiments.epsilon_sweep --data-dir ~/data/ml-100k
 
-About ten minutes on two CPU cores. Writes experiments/results/epsilon_sweep.md, and the same table into the README.
+About ten minutes on two CPU cores. Writes experiments/results/epsilon_sweep.md.
 
 MovieLens 100K, latest item out (ties by seeded hash), full ranking. The model is the default of `fedjax-rec train`;
 the rounds, the clip norm and the learning rates are the same for every epsilon and were chosen by hand on this very
@@ -34,7 +34,6 @@ EPSILONS = (8.0, 4.0, 2.0, 1.0)
 DELTA = 1e-4
 EASE_L2 = 300.0
 ROOT = Path(__file__).parent
-BEGIN, END = "<!-- epsilon-sweep -->", "<!-- end -->"
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -116,7 +115,7 @@ def make_table(rows, data: Data, *, num_seeds: int, rounds: int) -> Table:
 
 
 def write(text: str, table: Table, data: Data) -> None:
-    """Writes the result file and the README's copy of the table."""
+    """Writes the result file."""
     made = stamp(seed=0, data_fingerprint=data.interactions.fingerprint, split_fingerprint=data.split.fingerprint)
     jax_version, device = made["versions"]["jax"], made["device_kind"]
     foot = (
@@ -127,11 +126,6 @@ def write(text: str, table: Table, data: Data) -> None:
     path = ROOT / "results" / "epsilon_sweep.md"
     path.parent.mkdir(exist_ok=True)
     path.write_text(f"{head}{text}\n\n{foot}\n", encoding="utf-8")
-    readme = ROOT.parent / "README.md"
-    before, _, rest = readme.read_text(encoding="utf-8").partition(BEGIN)
-    if rest:
-        after = rest.partition(END)[2]
-        readme.write_text(f"{before}{BEGIN}\n{text}\n\n{foot}\n{END}{after}", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -41,6 +41,7 @@ DATASETS = {"ml-100k": ("movielens/100k", 1e-4), "ml-1m": ("movielens/1m", 1e-5)
 NUM_SEEDS = 5
 NUM_CANDIDATES = 10  # settings that the selection-inclusive epsilon pays for
 METRICS = ("ndcg@10", "hit@10")
+BEGIN, END = "<!-- frontier -->", "<!-- end -->"
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -63,6 +64,7 @@ def main(argv: list[str] | None = None) -> int:
     print(page)
     if not args.smoke:
         (RESULTS / f"{NAME}.md").write_text(page, encoding="utf-8")
+        write_readme(lines)
     return 0
 
 
@@ -181,9 +183,12 @@ def make_table(lines: list[dict], dataset: str, smoke: bool = False) -> Table:
 def write_page(lines: list[dict], *, draw: bool) -> str:
     """The page of all data sets that have lines, and its pictures beside it."""
     parts = ["# Privacy against utility", "Status: study, no paper to reproduce.", __doc__.split("\n\n")[2]]
+    if draw:
+        parts += ["## What to use", to_markdown(recommended(lines))]
     for dataset in DATASETS:
         if not any(x["dataset"] == dataset for x in lines):
             continue
+        parts.append(f"## {dataset}")
         parts.append(to_markdown(make_table(lines, dataset)))
         parts.append(winners(lines, dataset))
         if draw:
@@ -198,6 +203,44 @@ def write_page(lines: list[dict], *, draw: bool) -> str:
     commits = sorted({(x["stamp"]["commit"] or "none")[:12] for x in lines})
     parts.append(f"Written by `python -m experiments frontier`; commits {', '.join(commits)}.")
     return "\n\n".join(parts) + "\n"
+
+
+def recommended(lines: list[dict]) -> Table:
+    """The best private method of each data set and epsilon, with its settings, beside the private popularity list."""
+    cells, splits, samplers = [], [], set()
+    for dataset, (_, delta) in DATASETS.items():
+        rows = [(m, e, runs) for m, e, runs in rows_of(lines, dataset) if math.isfinite(e)]
+        for epsilon in sorted({e for _, e, _ in rows}):
+            means = {m: statistics.fmean(x["ndcg@10"] for x in runs) for m, e, runs in rows if e == epsilon}
+            best = max(means, key=means.get)
+            (runs,) = (runs for m, e, runs in rows if (m, e) == (best, epsilon))
+            chosen = json.loads(runs[0]["settings"])
+            shown = ", ".join(f"{name} {value}" for name, value in chosen.items()) or "none"
+            ratio = means[best] / means[contenders.POPULARITY]
+            cells.append((dataset, runs[0]["spent"]["epsilon"], best, shown, means[best], ratio))
+            samplers.add(runs[0]["spent"]["sampler"].replace("all", "all clients"))
+            splits.append(f"{dataset} δ = {delta:g}, split {runs[0]['split'][:12]}")
+    return Table(
+        columns=("data", "epsilon", "best private method", "settings", "ndcg@10", "vs private popularity"),
+        rows=tuple(cells),
+        caption=(
+            f"user-level ε, add/remove one user, sampling {', '.join(sorted(samplers))}; "
+            f"{'; '.join(dict.fromkeys(splits))}; full ranking, leave_one_out, hash ties"
+        ),
+        notes=(
+            "Means over seeds of the noise. Trust model: central. ε does not cover how settings were chosen; "
+            "experiments/results/frontier.md has every method, and the ε of a choice among ten settings.",
+        ),
+    )
+
+
+def write_readme(lines: list[dict]) -> None:
+    """The README's copy of what is recommended."""
+    readme = Path(__file__).parent.parent / "README.md"
+    before, _, rest = readme.read_text(encoding="utf-8").partition(BEGIN)
+    if rest:
+        text = f"{before}{BEGIN}\n{to_markdown(recommended(lines))}\n{END}{rest.partition(END)[2]}"
+        readme.write_text(text, encoding="utf-8")
 
 
 def winners(lines: list[dict], dataset: str) -> str:

@@ -75,13 +75,12 @@ def test_readme_map_names_every_file_of_the_library():
 
 @pytest.mark.parametrize(
     ("marker", "source"),
-    [("epsilon-sweep", "experiments/results/epsilon_sweep.md"), ("peers", "benchmarks/results/peers.md")],
+    [("frontier", "experiments/results/frontier.md"), ("peers", "benchmarks/results/peers.md")],
 )
 def test_readme_tables_are_the_generated_ones(marker, source):
     table = [line for line in marked(README, marker).splitlines() if line.startswith("|")]
     assert len(table) > 5
-    generated = (ROOT / source).read_text(encoding="utf-8").splitlines()
-    assert [line for line in generated if line.startswith("|")] == table
+    assert "\n".join(table) in (ROOT / source).read_text(encoding="utf-8")
 
 
 def test_main_command_is_a_command_of_this_program():
