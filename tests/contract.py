@@ -15,7 +15,6 @@ import optax
 from evaluation_worlds import make_split
 
 import fedjax_rec as fr
-from fedjax_rec.algorithms.dpals import dpals, dpals_score
 from fedjax_rec.data.clients import ClientData, client_data
 from fedjax_rec.federated.algorithm import Algorithm
 from fedjax_rec.federated.cohort import Sampler, full_participation, poisson
@@ -104,8 +103,10 @@ METHODS: dict[str, Callable[[World], Entry]] = {
     ),
     "fcf": lambda w: Entry(fr.fcf(NUM_ITEMS, cohort_size=w.sampler.expected_size, dim=DIM), fr.fcf_score),
     "dpals": lambda w: Entry(
-        dpals(NUM_ITEMS, cohort_size=w.sampler.expected_size, dim=DIM, l2=0.1, max_items_per_user=2, max_user_norm=0.1),
-        dpals_score,
+        fr.dpals(
+            NUM_ITEMS, cohort_size=w.sampler.expected_size, dim=DIM, l2=0.1, max_items_per_user=2, max_user_norm=0.1
+        ),
+        fr.dpals_score,
     ),
     "fedrecon": lambda w: Entry(
         fr.fedrecon(HEAD, reconstruction_optimizer=SGD, client_optimizer=optax.sgd(2.0), **DRAW), HEAD.score
