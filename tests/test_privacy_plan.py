@@ -48,7 +48,7 @@ def plan(settings: TrainConfig, sampler=EVERYONE):
         ({"clip": "per_table"}, EVERYONE),
         ({"schedule_ratio": 2.0}, poisson(NUM_CLIENTS, cohort_size=50)),
     ],
-    ids=str,
+    ids=lambda value: value.name if hasattr(value, "name") else str(value),
 )
 def test_the_noise_spends_the_budget_and_no_more(settings, sampler):
     """The event of the chain that the run is given, accounted again from nothing, meets the target from below."""
