@@ -284,7 +284,7 @@ RECIPES = (
         'privacy (Zhang et al., 2023, "Dual Personalization on Federated Recommendation", as others quote it).',
         "Nothing bounds what is uploaded, so the noise hides nothing of a client whose table is far from the others'; "
         "any distance well above the noise will do. The audit is of the sum over 1,000 clients, which carries the "
-        "noise of all, and a single upload shows no less; updates that are not finite are left out, as a server might do.",
+        "noise of all, and a single upload shows no less; updates that are not finite are left out, as a server might.",
     ),
     recipe_of_laplace(0.5),
     Recipe(

@@ -191,7 +191,11 @@ def status(lines: Sequence[dict]) -> str:
     audits = {name: line["audit"] for name, line in newest(lines).items() if line["audit"]}
     of = {v: [name for name, a in audits.items() if a["verdict"] == v] for v in (SEEN, UNSEEN, HOLDS, SHOWN)}
     false = len(of[SEEN]) + len(of[UNSEEN])
-    parts = [f"Audits refute {len(of[SEEN])} of {false} claims below what is valid"] if false else []
+    parts = (
+        [f"In {len(of[SEEN])} of {false} audited rows that claim less than is valid the audit refutes the claim"]
+        if false
+        else []
+    )
     alarms = [name for name, a in audits.items() if a["verdict"] == FALSE_ALARM]
     named = (("not visible to audits of this size", of[UNSEEN]), ("claims that hold, and pass", of[HOLDS]))
     for words, names in (*named, ("no number is claimed", of[SHOWN]), ("FALSE ALARMS", alarms)):

@@ -167,7 +167,7 @@ def test_the_page_is_made_of_the_newest_lines_and_hides_nothing(tmp_path, monkey
     assert claimed.main(["--only-page"]) == 0
     page = (tmp_path / "claimed.md").read_text(encoding="utf-8")
     assert page in capsys.readouterr().out
-    assert "Audits refute 1 of 2 claims below what is valid" in page
+    assert "In 1 of 2 audited rows that claim less than is valid the audit refutes the claim" in page
     assert f"not visible to audits of this size: {names[4]!r}" in page
     assert "refuted by the curve: 2.34 against 1.88" in page  # a lower bound is rounded down, a claim up
     assert "| 0.45 " in page
