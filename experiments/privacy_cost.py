@@ -287,7 +287,8 @@ def write_page(lines: Sequence[dict]) -> str:
     dirty = " (with uncommitted changes)" if any(s["dirty"] for s in stamps) else ""
     parts.append(
         f"Written by `python -m experiments privacy_cost`; commits {', '.join(commits)}{dirty}; device "
-        f"{', '.join(devices)}. The machine was shared: load averages {min(loads):.1f} to {max(loads):.1f} at the end of a row. Above the "
+        f"{', '.join(devices)}. The machine was shared: load averages "
+        f"{min(loads):.1f} to {max(loads):.1f} at the end of a row. Above the "
         "number of cores, other work made seconds longer, those of none beside it as well: read the ratios. No GPU was "
         "measured."
     )
