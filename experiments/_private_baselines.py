@@ -9,6 +9,7 @@ import argparse
 import json
 import math
 import sys
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import dp_accounting
@@ -103,11 +104,12 @@ def main(argv: list[str] | None = None) -> int:
     """Releases and evaluates once; prints JSON lines."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", choices=DP_EASE)
+    parser.add_argument("--data-dir", type=Path, help="folder with ml-100k/ or ml-1m/ (default: FEDJAX_REC_DATA)")
     parser.add_argument("--epsilon", type=int, action="append", choices=DP_EASE["movielens/1m"])
     parser.add_argument("--delta", type=float, default=1e-5)
     parser.add_argument("--seed", type=int, action="append")
     args = parser.parse_args(argv)
-    split = leave_one_out(load(args.data))
+    split = leave_one_out(load(args.data, data_dir=args.data_dir))
     for epsilon in args.epsilon or DP_EASE[args.data]:
         for seed in args.seed or (1,):
             budget = {"epsilon": epsilon, "delta": args.delta, "seed": seed}

@@ -173,9 +173,13 @@ def test_one_user_moves_the_joint_statistics_by_at_most_one(private_rounds, item
 
 
 def test_the_bound_is_reached_and_its_shares_are_kept():
-    """A user who is clipped in every way moves each part by the root of its share."""
-    shares = Shares(1.0, 2.0, 5.0)
-    rounds = rounds_of(method(max_user_norm=1e-3, max_items_per_user=2, shares=shares), NOISY, sampler=SAMPLER)
+    """A user who is clipped in every way, ratings too, moves each part by the root of its share."""
+    shares, data = Shares(1.0, 2.0, 5.0), clients(STARS)
+    (bucket,) = data.buckets
+    labels = np.where(bucket.client_id[:, None] == LENGTHS.index(9), np.float32(-7), bucket.labels)
+    data = dataclasses.replace(data, buckets=(dataclasses.replace(bucket, labels=labels),))
+    algorithm = method(max_user_norm=1e-3, max_items_per_user=2, shares=shares, ratings=STARS)
+    rounds = rounds_of(algorithm, NOISY, data=data, sampler=SAMPLER)
     masks = np.array([[0, 0, 1, 0, 0, 1], [0, 0, 1, 0, 0, 0]], bool)
     change = jax.tree.map(lambda a, b: a - b, *(pre_noise_sum(rounds, items_of(), mask) for mask in masks))
     parts = [joint_norm(change.tables["item_gram"]), joint_norm(change.tables["item"]), joint_norm(change.dense)]
