@@ -43,8 +43,10 @@ from fedjax_rec.models.neural_cf import gmf, mlp, neumf
 # isort: split
 # Rounds: cohort, chain of update transforms, compiled training.
 from fedjax_rec.federated.cohort import Sampler, fixed_size, full_participation, in_turn, poisson
+from fedjax_rec.federated.lazy_rounds import lazy_rounds
 from fedjax_rec.federated.round import RoundKeys, Rounds, make_rounds
 from fedjax_rec.federated.rows import Rows
+from fedjax_rec.federated.sparse_server import sparse_sgd
 from fedjax_rec.federated.transforms import UNBOUNDED, Bound, UpdateTransform, chain
 
 # isort: split
@@ -64,12 +66,13 @@ from fedjax_rec.privacy.select_rows import head_items, select_rows
 from fedjax_rec.privacy.strategies import banded_toeplitz, tree
 
 # isort: split
-# Privacy: single releases, accounting, ledger, budget, private choices.
+# Privacy: single releases, accounting, ledger, budget, private choices, audits.
 from fedjax_rec.evaluation.private import PrivateEarlyStopping, release_metrics
 from fedjax_rec.models.dp_ease import dp_ease_scorer, dp_ease_weights
 from fedjax_rec.models.dp_gram import dp_gram
 from fedjax_rec.models.popularity import dp_popularity
 from fedjax_rec.privacy import Budget, Ledger, calibrate_noise_multiplier, epsilon_curve, privacy_spent
+from fedjax_rec.privacy.audit import audit_rounds
 from fedjax_rec.privacy.budget import Phase, Plan, solve
 from fedjax_rec.privacy.renyi_filter import RenyiFilter
 from fedjax_rec.privacy.selection import select_privately
