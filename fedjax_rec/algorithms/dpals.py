@@ -33,8 +33,8 @@ noise multiplier z, T sweeps one with z / sqrt(T). Not covered, and to be charge
 items that come from data. User vectors stay with the clients; what a client computes from the released items and its
 own data is its own.
 
-Differs from the papers: the clients weigh all of their items, scaled down to the budget, where the papers draw k of
-them (``max_rows`` draws); the budget of a weight is spent on w_ui, not on its root.
+Differs from the papers: a client weighs all of its items, scaled down to the budget, where the papers cut a user to k
+items (``max_rows`` draws some). The form without A_i, ``Shares(gram=0)``, is not theirs.
 """
 
 import math
