@@ -220,8 +220,8 @@ def findings(sizes: dict[int, dict[str, dict]]) -> list[str]:
             continue
         dear, cheap = (pick(times, key=times.__getitem__) for pick in (max, min))
         sentence = (
-            f"{items:,} items, in processor time: the most expensive mechanism is {dear}, {times[dear]:.3g} times the "
-            f"round without privacy, and the cheapest is {cheap}, {times[cheap]:.3g} times."
+            f"{items:,} items, in processor time: of {len(times)} private mechanisms that ran, the most expensive is {dear}, "
+            f"{times[dear]:.3g} times the round without privacy, and the cheapest is {cheap}, {times[cheap]:.3g} times."
         )
         if "Gaussian" in times:
             sentence += f" Gaussian noise takes {times['Gaussian']:.3g} times"
@@ -232,7 +232,8 @@ def findings(sizes: dict[int, dict[str, dict]]) -> list[str]:
             peaks = {name: line["peak_memory_bytes"] / 2**30 for name, line in ran.items()}
             large = max(peaks, key=peaks.__getitem__)
             sentence += f" None against itself has quartiles of {q1:.2f} and {q3:.2f}."
-            sentence += f" Most memory: {large}, {peaks[large] - peaks['none']:.2f} GiB above none."
+            more = peaks[large] - peaks["none"]
+            sentence += f" Most memory: {large}, {more:.2f} GiB above none." if more >= 0.005 else ""
         refused = [name for name, line in lines.items() if line.get("refused")]
         sentence += f" Refused: {', '.join(refused)}." if refused else ""
         said.append(sentence)
@@ -305,8 +306,9 @@ exists; compile seconds are those of its first round above the median. The chain
 round to round for the mechanism.
 
 The server's step is the sparse one, so select_rows and AdaFEST, which let at most {SHARE_OF_ROWS:.0%} of the rows
-through, step those rows only. With few clients an item, AdaFEST's choice is mostly noise here: its time does not depend
-on that, what it learns does. Local mechanisms noise a whole table a client, which the links refuse from 64 MiB on; the
+through, step those rows only; select_rows sums those alone, too, and can take less than a round without it. With few
+clients an item, AdaFEST's choice is mostly noise here: its time does not depend on that, what it learns does.
+Local mechanisms noise a whole table a client, which the links refuse above 64 MiB; the
 table says so. DPALS and DP-EASE are no links of a chain and have benchmarks of their own.
 
 All noise is calibrated for epsilon {EPSILON:g}, user-level, over {ROUNDS} rounds: add-or-remove-one for the server's
