@@ -220,8 +220,9 @@ def findings(sizes: dict[int, dict[str, dict]]) -> list[str]:
             continue
         dear, cheap = (pick(times, key=times.__getitem__) for pick in (max, min))
         sentence = (
-            f"{items:,} items, in processor time: of {len(times)} private mechanisms that ran, the most expensive is {dear}, "
-            f"{times[dear]:.3g} times the round without privacy, and the cheapest is {cheap}, {times[cheap]:.3g} times."
+            f"{items:,} items, in processor time: of {len(times)} private mechanisms that ran, the most expensive is "
+            f"{dear}, {times[dear]:.3g} times the round without privacy, and the cheapest is {cheap}, "
+            f"{times[cheap]:.3g} times."
         )
         if "Gaussian" in times:
             sentence += f" Gaussian noise takes {times['Gaussian']:.3g} times"
