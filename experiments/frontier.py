@@ -9,6 +9,10 @@ split. A second epsilon is that of a release that also chose among ten settings 
 (`fedjax_rec.privacy.selection`): what a user who must tune on the same data would pay. Rows are alternatives: each is
 a release of its own.
 
+Rows named "recent" come from the very same release as those without the word: a client weighs its newest items more
+when it scores, which is its own business and costs no epsilon. That helps without privacy as well, so compare these
+rows with each other; the popularity list, which knows nothing of a client, has no such row.
+
 One to twenty minutes a method and data set on two CPU cores. Runs are kept as lines in results/frontier.jsonl, and the
 page and the pictures are made of those lines.
 """
@@ -182,7 +186,7 @@ def make_table(lines: list[dict], dataset: str, smoke: bool = False) -> Table:
 
 def write_page(lines: list[dict], *, draw: bool) -> str:
     """The page of all data sets that have lines, and its pictures beside it."""
-    parts = ["# Privacy against utility", "Status: study, no paper to reproduce.", __doc__.split("\n\n")[2]]
+    parts = ["# Privacy against utility", "Status: study, no paper to reproduce.", *__doc__.split("\n\n")[2:4]]
     if draw:
         parts += ["## What to use", to_markdown(recommended(lines))]
     for dataset in DATASETS:
