@@ -92,7 +92,8 @@ def released_dpals(split: Split, setting: dict[str, Any], *, epsilon: float, del
 
 def _head(split, setting, epsilon, delta, seed) -> tuple[np.ndarray, DpPopularity, float, jax.Array]:
     """Head items, the counts behind them, the noise multiplier left for the rest, and a key for the rest."""
-    z = 0.0 if math.isinf(epsilon) else dp_accounting.get_sigma_gaussian(epsilon, delta)
+    # A little more than exactly enough: what the parts spend together must not pass epsilon by a rounding error.
+    z = 0.0 if math.isinf(epsilon) else dp_accounting.get_sigma_gaussian(epsilon, delta) * (1 + 1e-9)
     share = setting["head_share"]
     count_key, key = jax.random.split(jax.random.key(seed))
     counts = dp_popularity(split.train, noise_multiplier=z / math.sqrt(share), key=count_key)

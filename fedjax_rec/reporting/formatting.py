@@ -60,16 +60,13 @@ def format_number(value: float | None) -> str:
 
 
 def format_epsilon(epsilon: float | None) -> str:
-    """An epsilon, rounded UP to two decimals (two significant digits below .1), so that no table understates it.
-
-    What double precision adds to a budget that is met exactly, 2.0000000000001, is not rounded up to 2.01.
-    """
+    """An epsilon, rounded UP to two decimals (two significant digits below .1), so that no table understates it."""
     if not is_number(epsilon):
         return MISSING
     if math.isinf(epsilon):
         return "∞"
     step = Decimal("0.01") if epsilon >= 0.1 or epsilon <= 0 else _significant_step(epsilon, digits=2)
-    return f"{_round_up(epsilon * (1 - 1e-10), step):f}"
+    return f"{_round_up(epsilon, step):f}"
 
 
 def format_delta(delta: float | None) -> str:
