@@ -52,7 +52,10 @@ def test_whole_numbers_are_read_as_fractions_where_those_are_meant():
         ({"model": {"dims": 3}}, "Unknown fields in the configuration: dims"),
         ({"rounds": "20"}, "rounds in the configuration must be int; got '20'"),
         ({"rounds": 2.5}, r"rounds in the configuration must be int; got 2\.5"),
-        ({"sampler": "poison"}, "sampler in the configuration must be 'poisson', 'fixed_size', 'in_turn'; got 'poison'"),
+        (
+            {"sampler": "poison"},
+            "sampler in the configuration must be 'poisson', 'fixed_size', 'in_turn'; got 'poison'",
+        ),
         ({"resume": "yes"}, "resume in the configuration must be bool; got 'yes'"),
         ({"model": 3}, "model in the configuration must be ModelConfig; got 3"),
     ],

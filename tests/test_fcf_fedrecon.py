@@ -381,7 +381,7 @@ def test_fedrecon_weights_without_a_public_bound_refuse_dp_and_bounded_ones_do_n
     with pytest.raises(ValueError, match="DP is refused"):
         make_rounds(fedrecon(factors(), **OPTIMIZERS, **LIMITS, mean_examples=4.0), noise, sampler, clients)
     bounded = fedrecon(factors(), **OPTIMIZERS, **LIMITS, max_examples=4)
-    assert make_rounds(bounded, noise, sampler, clients).dp_event is not None
+    assert make_rounds(bounded, noise, sampler, clients).private
     plain, halved = (
         of_one_client(fedrecon(factors(), **OPTIMIZERS, **LIMITS, **weights))(ratings()[5][1]).update.tables["item"]
         for weights in ({}, {"max_examples": 16})

@@ -201,7 +201,7 @@ def test_one_user_moves_the_sum_by_the_clip_norm_at_most(negatives):
     sums = []
     for present in (True, False):
         who = full_participation(NUM_USERS)
-        sampler = who._replace(draw=lambda key: jnp.arange(NUM_USERS) != (-1 if present else 3))  # noqa: B023
+        sampler = who._replace(draw=lambda key, round_index: jnp.arange(NUM_USERS) != (-1 if present else 3))  # noqa: B023
         rounds = make_rounds(algorithm, links, sampler, client_data(split, num_buckets=1), span_size=1)
         state, _, _ = rounds.run(*rounds.init(jax.random.key(0)), KEYS)
         sums.append(state.transforms[-1])

@@ -11,8 +11,10 @@ from fedjax_rec.models.base import Shared
 
 
 class ServerState(NamedTuple):
-    """All that the server ever sees. (epsilon, delta) is a statement about the sequence of these, less the noise that
-    `correlated_noise` keeps in ``transforms`` for later rounds: that is a secret of whoever adds it, like the noise key.
+    """All that the server ever sees. (epsilon, delta) is a statement about the sequence of these.
+
+    The noise that `correlated_noise` keeps in ``transforms`` for later rounds is no part of that sequence: it is a
+    secret of whoever adds it, like the noise key.
 
     Attributes:
       round: int32 scalar, rounds done.

@@ -22,7 +22,6 @@ from fedjax_rec.privacy.lazy_noise import apply, catch_up, flush, lazy_table
 from fedjax_rec.privacy.mechanisms import clip_by_global_norm, user_level_dp
 from fedjax_rec.privacy.noise import standard_normal
 
-
 # Folded into the noise key: numbers that no round has.
 _ROWS_NOISE, _DENSE_NOISE = 2**32 - 3, 2**32 - 4
 
