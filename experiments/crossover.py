@@ -3,8 +3,9 @@
     python -m experiments crossover
 
 Synthetic worlds of up to a million users (the table has the sizes that were run) with 30 interactions each of 1,000
-items (`fedjax_rec.data.synthetic`), latest item out, full ranking. DPALS (federated training: clients solve for themselves, two sweeps), DP-EASE (one Gram
-matrix) and popularity released once, at epsilon 1 and 8, delta 1 / users^1.1, user-level, all users in every release.
+items (`fedjax_rec.data.synthetic`), latest item out, full ranking. DPALS (federated training: clients solve for
+themselves, two sweeps or three), DP-EASE (one Gram matrix) and popularity released once, at epsilon 1 and 8, delta
+1 / users^1.1, user-level, all users in every release.
 Settings are those of MovieLens 1M at the same epsilon (`experiments/_private_settings.py`) for every size, without
 recency, which these worlds hardly have: nothing was tuned here. Noise is the same for any number of users, and signal
 grows with them; so what is found is a size, and not a method's best.
