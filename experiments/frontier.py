@@ -4,10 +4,10 @@
 
 Epsilon in {1, 2, 4, 8, 16, infinity}, user-level, add or remove one user, for DP-FedAvg of matrix factorisation, the
 same with banded noise (DP-FTRL), DPALS, DP-EASE and a popularity list that is released once. Latest item out, ties by
-seeded hash, full ranking, negatives that avoid training items only. A row is five runs with seeds of their own on one
-split. A second epsilon is that of a release that also chose among ten settings by a privately released score
-(`fedjax_rec.privacy.selection`): what a user who must tune on the same data would pay. Rows are alternatives: each is
-a release of its own.
+seeded hash, full ranking, negatives that avoid training items only. A row is up to five runs with seeds of their own on
+one split; the last column counts them, and one seed shows no spread. A second epsilon is that of a release that also
+chose among ten settings by a privately released score (`fedjax_rec.privacy.selection`): what a user who must tune on
+the same data would pay. Rows are alternatives: each is a release of its own.
 
 Rows named "recent" come from the very same release as those without the word: a client weighs its newest items more
 when it scores, which is its own business and costs no epsilon. That helps without privacy as well, so compare these
