@@ -1,0 +1,1 @@
+"""Compression links: fewer bytes on the wire, as links of the update chain."""
