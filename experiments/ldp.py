@@ -93,13 +93,13 @@ def laplace_on_uploads(scale: float, num_clients: int) -> UpdateTransform:
         tables = {name: noised(index, total.tables[name]) for index, name in enumerate(sorted(total.tables))}
         return total._replace(tables=tables), state
 
-    def upload_bits(bits, update):
+    def upload(wire, update):
         """A noised table has no untouched rows: all of it is sent, and no ids."""
         rows = [leaf for leaf in jax.tree.leaves(update, is_leaf=is_rows) if is_rows(leaf)]
-        sparse = sum(leaf.ids.size + leaf.values.size for leaf in rows)
-        return bits + 32 * (sum(leaf.num_rows * leaf.values.shape[-1] for leaf in rows) - sparse)
+        more = sum((leaf.num_rows - leaf.ids.size) * leaf.values.shape[-1] for leaf in rows)
+        return wire._replace(numbers=wire.numbers + more, side_bits=0.0)
 
-    return UpdateTransform(server=server, upload_bits=upload_bits)
+    return UpdateTransform(server=server, upload=upload)
 
 
 @cache

@@ -28,7 +28,7 @@ from test_sensitivity import (
 
 from fedjax_rec.federated.cohort import full_participation, poisson
 from fedjax_rec.federated.round import make_rounds
-from fedjax_rec.federated.transforms import UNBOUNDED, Bound, UpdateTransform, chain
+from fedjax_rec.federated.transforms import UNBOUNDED, Bound, UpdateTransform, Wire, chain
 from fedjax_rec.models.base import Shared
 from fedjax_rec.privacy import formulas
 from fedjax_rec.privacy.accounting import privacy_spent
@@ -116,7 +116,7 @@ def test_one_noise_is_accounted_for_both():
     spent = privacy_spent(transforms.dp_event(UNBOUNDED, 0), delta=1e-5)
     assert spent.epsilon == pytest.approx(dp_accounting.get_epsilon_gaussian(together, 1e-5), rel=1e-3)
     assert link().sensitivity(Bound(1.0, 0.1, noised=True)) == Bound(l2=1.0)
-    assert link().upload_bits(320.0, None) == 352.0
+    assert link().upload(Wire(10), None).total == 352.0
 
 
 def test_a_resumed_run_is_the_unbroken_one():

@@ -12,7 +12,16 @@ from fedjax_rec.data.clients import client_data_from_examples
 from fedjax_rec.federated.cohort import fixed_size, full_participation, poisson
 from fedjax_rec.federated.round import RoundKeys, make_rounds
 from fedjax_rec.federated.rows import Rows, to_dense
-from fedjax_rec.federated.transforms import UNBOUNDED, Bound, UpdateTransform, chain, scale, select_update, update_bits
+from fedjax_rec.federated.transforms import (
+    UNBOUNDED,
+    Bound,
+    UpdateTransform,
+    Wire,
+    chain,
+    plain_wire,
+    scale,
+    select_update,
+)
 from fedjax_rec.models.matrix_factorization import linear_scorer, matrix_factorization
 from fedjax_rec.privacy.mechanisms import clip_by_global_norm, gaussian_noise, user_level_dp
 
@@ -236,8 +245,8 @@ def test_select_and_scale_keep_rows_apart_from_numbers():
 
 def test_traffic_is_counted():
     update = {"rows": Rows(jnp.zeros(5, jnp.int32), jnp.zeros((5, 2)), 100), "dense": jnp.zeros(3)}
-    assert update_bits(update) == 32 * (5 + 10 + 3)
-    halve = UpdateTransform(upload_bits=lambda bits, update: bits / 2)
+    assert plain_wire(update).total == 32 * (5 + 10 + 3)
+    halve = UpdateTransform(upload=lambda wire, update: Wire(wire.numbers / 2, side_bits=wire.side_bits / 2))
     made = rounds(chain(halve, halve), data=population())
     # Compact rows of two length buckets or more: what the padded rows of each client hold, 2 numbers and an id a row,
     # and 3 dense numbers.

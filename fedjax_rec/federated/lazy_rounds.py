@@ -16,7 +16,6 @@ from fedjax_rec.federated.algorithm import Algorithm, all_private, client_key
 from fedjax_rec.federated.cohort import Sampler
 from fedjax_rec.federated.releases import check_pair, local_releases, releases
 from fedjax_rec.federated.round import Rounds
-from fedjax_rec.federated.transforms import UNBOUNDED
 from fedjax_rec.models.base import Shared
 from fedjax_rec.privacy.lazy_noise import apply, catch_up, flush, lazy_table
 from fedjax_rec.privacy.mechanisms import clip_by_global_norm, user_level_dp
@@ -69,7 +68,7 @@ def lazy_rounds(
     clip = clip_by_global_norm(l2_clip_norm)
     dense = user_level_dp(l2_clip_norm=l2_clip_norm, noise_multiplier=noise_multiplier)
     check_pair(dense, sampler)
-    engine._check(algorithm, dense.dp_event(UNBOUNDED, 0), sampler, clients, None)
+    engine._check(algorithm, dense, sampler, clients, None)
     chunk_size = chunk_size or engine.default_chunk_size()
     buckets = jax.device_put(clients.buckets)
     rate = learning_rate / sampler.expected_size

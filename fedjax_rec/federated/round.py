@@ -19,13 +19,21 @@ from fedjax_rec.data.clients import Client, ClientData
 from fedjax_rec.federated.algorithm import Algorithm, ServerState, all_private, client_key
 from fedjax_rec.federated.cohort import Sampler
 from fedjax_rec.federated.releases import Releases, check_pair, local_releases, releases
-from fedjax_rec.federated.rows import add_to_total, is_rows, zero_total
+from fedjax_rec.federated.rows import is_rows
 from fedjax_rec.federated.sparse_server import as_tables, divide
-from fedjax_rec.federated.transforms import UNBOUNDED, UpdateTransform, select_update, update_bits
+from fedjax_rec.federated.transforms import (
+    PLAIN_SUM,
+    UNBOUNDED,
+    RoundContext,
+    UpdateTransform,
+    plain_wire,
+    select_update,
+)
 
 # Small chunks stay in the cache of a CPU; accelerators want the opposite. Measured by `python -m benchmarks.round`.
 CHUNK_SIZE = {"cpu": 4}
 ACCELERATOR_CHUNK_SIZE = 256
+_EVERYBODY = 2**32 - 1
 
 
 def default_chunk_size() -> int:
@@ -133,7 +141,7 @@ def make_rounds(
       ValueError: if the parts do not fit together; the message says which and why.
     """
     check_pair(transforms, sampler)
-    _check(algorithm, transforms.dp_event(UNBOUNDED, 0), sampler, clients, mesh)
+    _check(algorithm, transforms, sampler, clients, mesh)
     if mesh is not None:
         mesh = Mesh(mesh.devices, mesh.axis_names, axis_types=(AxisType.Auto,))  # the compiler places server tables
         replicated, by_client = NamedSharding(mesh, P()), NamedSharding(mesh, P("clients"))
@@ -163,8 +171,10 @@ def make_rounds(
         return (sums if mesh is None else _sum_over_devices(sums, clients.num_shards)), private
 
     if mesh is not None:
-        shapes = jax.eval_shape(init, jax.random.key(0))
-        sums = _zero_sums(algorithm, transforms, *shapes, clients.buckets[0], jax.random.key(0))
+        state, private = jax.eval_shape(init, jax.random.key(0))
+        everyone = jax.ShapeDtypeStruct((clients.num_clients,), bool)
+        state = jax.eval_shape(partial(_sent_to_clients, transforms), state, everyone, jax.random.key(0))
+        sums = _zero_sums(algorithm, transforms, state, private, clients.buckets[0], jax.random.key(0))
         cohort_sum = jax.shard_map(
             cohort_sum,
             mesh=mesh,
@@ -179,14 +189,16 @@ def make_rounds(
     def one_round(state, private, buckets, keys):
         clients_key, noise_key = (jax.random.fold_in(key, state.round) for key in (keys.client, keys.noise))
         in_cohort = sampler.draw(keys.cohort, state.round)
-        (total, metrics), private = cohort_sum(state, private, buckets, in_cohort, clients_key)
-        total, transform_state = transforms.server(total, state.transforms, noise_key)
+        sent = _sent_to_clients(transforms, state, in_cohort, clients_key)
+        (total, metrics), private = cohort_sum(sent, private, buckets, in_cohort, clients_key)
+        total, sum_metrics = (transforms.summation or PLAIN_SUM).end(total, sent.transforms)
+        total, transform_state = transforms.server(total, sent.transforms, noise_key)
         aggregate = divide(total if algorithm.takes_rows else as_tables(total), sampler.expected_size)
         state = algorithm.server_update(state, aggregate)
         state = state._replace(round=state.round + 1, transforms=transform_state)
         cohort_size = in_cohort.sum().astype(jnp.float32)
         metrics = {name: value / jnp.maximum(cohort_size, 1.0) for name, value in metrics.items()}
-        return state, private, metrics | {"cohort_size": cohort_size}
+        return state, private, metrics | sum_metrics | {"cohort_size": cohort_size}
 
     def span(state, private, buckets, keys, num_rounds):
         shapes = jax.eval_shape(one_round, state, private, buckets, keys)[2]
@@ -223,6 +235,14 @@ def make_rounds(
     )
 
 
+def _sent_to_clients(transforms, state, in_cohort, key):
+    """The server's state as the cohort receives it, with what its links have prepared for the round."""
+    context = RoundContext(state.shared, in_cohort, state.round)
+    # A number that no client has: the key that all of them share is none of theirs.
+    prepared = transforms.prepare(state.transforms, context, jax.random.fold_in(key, _EVERYBODY))
+    return state._replace(shared=transforms.broadcast(state.shared, prepared), transforms=prepared)
+
+
 def _one_client(algorithm, transforms, state, private, client: Client, num_steps, key):
     key = client_key(key, client.client_id)
     train_key, transform_key = jax.random.split(key)
@@ -233,6 +253,7 @@ def _one_client(algorithm, transforms, state, private, client: Client, num_steps
 
 def _bucket_sum(algorithm, transforms, state, bucket, in_cohort, key, chunk_size, first_id, sums, private):
     """Adds one bucket's members of the cohort to the sums, a chunk at a time."""
+    summation = transforms.summation or PLAIN_SUM
     size = bucket.client_id.shape[0]
     member = in_cohort.at[bucket.client_id].get(mode="fill", fill_value=False)
     num_chunks = -(-size // chunk_size)
@@ -257,7 +278,8 @@ def _bucket_sum(algorithm, transforms, state, bucket, in_cohort, key, chunk_size
         new_private = jax.tree.map(lambda new, old: jax.vmap(jnp.where)(active, new, old), new_private, private_rows)
         private = jax.tree.map(lambda x, new: x.at[own].set(new, mode="drop"), private, new_private)
         metric_sums = {name: s + jnp.sum(jnp.where(active, metrics[name], 0)) for name, s in metric_sums.items()}
-        return (add_to_total(total, update), metric_sums), private
+        total = summation.add(total, update, rows.client_id, active, state.transforms)
+        return (total, metric_sums), private
 
     trips = (member.sum() + chunk_size - 1) // chunk_size
     return jax.lax.fori_loop(0, trips, chunk, (sums, private))
@@ -285,7 +307,8 @@ def _zero_sums(algorithm, transforms, state, private, bucket, key):
 
     private, client = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), (private, bucket))
     update, _, metrics = jax.eval_shape(one, state, private, client, key)
-    return zero_total(update), {name: jnp.zeros(()) for name in metrics}
+    total = (transforms.summation or PLAIN_SUM).zero(update)
+    return total, {name: jnp.zeros(()) for name in metrics}
 
 
 def _update_shapes(algorithm, clients: ClientData):
@@ -314,12 +337,15 @@ def _traffic(algorithm, transforms, clients: ClientData) -> tuple[float, float]:
     """Mean upload and download bits per client, weighted over buckets."""
     up = down = total = 0.0
     for update, num in _update_shapes(algorithm, clients):
-        bits = update_bits(update)
-        up, down, total = up + num * transforms.upload_bits(bits, update), down + num * bits, total + num
+        plain = plain_wire(update)
+        up += num * transforms.upload(plain, update).total
+        down += num * transforms.download(plain, update).total
+        total += num
     return up / total, down / total
 
 
-def _check(algorithm, dp_event, sampler, clients, mesh) -> None:
+def _check(algorithm, transforms, sampler, clients, mesh) -> None:
+    dp_event, summation = transforms.dp_event(UNBOUNDED, 0), transforms.summation or PLAIN_SUM
     (num_sampled,) = jax.eval_shape(sampler.draw, jax.random.key(0), 0).shape
     if num_sampled != clients.num_clients:
         raise ValueError(f"The sampler draws from {num_sampled} clients and the population has {clients.num_clients}.")
@@ -328,5 +354,15 @@ def _check(algorithm, dp_event, sampler, clients, mesh) -> None:
         raise ValueError(f"The clients are laid out for {clients.num_shards} devices and the mesh has {shards}.")
     if dp_event is not None and algorithm.individual:
         raise ValueError("This algorithm looks at single uploads; central DP covers only their noised sum.")
+    if dp_event is not None and summation.individual:
+        raise ValueError(
+            "This robust rule looks at single uploads, and one of them can move its result by more than the clip norm "
+            "(a median, a choice, a trust score has no Lipschitz bound), so noise on the result has no epsilon. Use "
+            "clip_by_global_norm or clip_by_row_norm as the defence."
+        )
+    if algorithm.individual and transforms.summation is not None and not summation.individual:
+        raise ValueError("This algorithm looks at single uploads, and a secure sum shows the server none of them.")
+    if mesh is not None and summation.host:
+        raise ValueError("This sum is taken on the host, which one device can call; leave out the mesh.")
     if dp_event is not None and algorithm.no_dp:
         raise ValueError(f"DP is refused. {algorithm.no_dp}")

@@ -8,15 +8,74 @@ wire, so epsilon and communication cost are computed from the chain that really 
 import dataclasses
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import dp_accounting
 import jax
 import jax.numpy as jnp
 
-from fedjax_rec.federated.rows import is_rows
+from fedjax_rec.federated.rows import add_to_total, is_rows, zero_total
 
 Metrics = dict[str, jax.Array]
+
+
+class RoundContext(NamedTuple):
+    """What is known before a round's clients start.
+
+    Attributes:
+      shared: the server's shared parameters.
+      in_cohort: bool ``[clients]``, who takes part.
+      round_index: int32 scalar; the first round is 0.
+    """
+
+    shared: Any
+    in_cohort: jax.Array
+    round_index: jax.Array
+
+
+class Wire(NamedTuple):
+    """What one client sends or receives in a round.
+
+    Attributes:
+      numbers: how many numbers, padding included.
+      bits: of each of them.
+      side_bits: beside them: row ids, scales, keys.
+    """
+
+    numbers: float
+    bits: float = 32.0
+    side_bits: float = 0.0
+
+    @property
+    def total(self) -> float:
+        """Bits in all."""
+        return self.numbers * self.bits + self.side_bits
+
+
+class Summation(NamedTuple):
+    """How uploads become their sum, where it is not plain addition: secure sums, and rules that look at each upload.
+
+    Attributes:
+      zero: ``zero(update) -> total`` before anybody has sent; reads shapes only.
+      add: ``add(total, updates, client_ids, active, prepared) -> total`` for a chunk of clients: leaves of ``updates``
+        have a leading ``[chunk]`` axis and are zero where ``active`` is False, ``client_ids`` are int32 ``[chunk]``.
+      end: ``end(total, prepared) -> (total, metrics)``, what the links' servers get; metrics are float32 scalars.
+      individual: True if the server sees single uploads; then no central DP.
+      host: True if it calls back to the host, which one device can do.
+    """
+
+    zero: Callable[[Any], Any]
+    add: Callable[[Any, Any, jax.Array, jax.Array, Any], Any]
+    end: Callable[[Any, Any], tuple[Any, Metrics]] = lambda total, prepared: (total, {})
+    individual: bool = False
+    host: bool = False
+
+
+PLAIN_SUM = Summation(
+    zero=zero_total,
+    add=lambda total, updates, client_ids, active, prepared: add_to_total(total, updates),
+)
 
 
 class Bound(NamedTuple):
@@ -54,6 +113,11 @@ def _no_init(params):
     return ()
 
 
+def _same_prepared(state, context, key):
+    del context, key
+    return state
+
+
 def _same_client(update, state, key):
     del state, key
     return update, {}
@@ -69,28 +133,39 @@ class UpdateTransform(NamedTuple):
 
     Attributes:
       init: ``init(params) -> state``, server-side state of the link.
-      client: ``client(update, state, key) -> (update, metrics)`` for one client. Metrics are scalars that are
+      prepare: ``prepare(state, context, key) -> prepared``, once a round, before any client: what all of them share,
+        such as a common mask or the graph of a secure sum. ``key`` is the round's, and known to everybody. What it
+        returns stands for the state in the functions below; where that is no state, ``server`` returns one.
+      broadcast: ``broadcast(shared, prepared) -> shared``, what clients receive of the server's shared parameters.
+      client: ``client(update, prepared, key) -> (update, metrics)`` for one client. Metrics are scalars that are
         averaged over the cohort for the person who runs the simulation; no epsilon covers them.
-      server: ``server(total, state, key) -> (total, state)`` on the sum over clients; ``key`` is the noise key.
+      summation: how the sum is taken, on the last link of a chain only; None for plain addition.
+      server: ``server(total, prepared, key) -> (total, state)`` on the sum over clients; ``key`` is the noise key.
       sensitivity: maps the `Bound` of a client's update before the link to the bound after it.
       dp_event: ``dp_event(bound, round_index)``, the event of what its ``server`` releases in that round (the first is
         0), where the update is within the bound; None = it protects nothing. All rounds or none have an event.
       local_dp_event: the same for what one client sends after the link, about that client's data alone.
       local_unit: whose change ``local_dp_event`` is about: "user", all of that data, or "example", one interaction.
       min_separation: the event holds for clients that take part at most once in any so many rounds in a row.
-      upload_bits: maps (bits before, update) to the bits that one client sends after the link.
-      linear: whether the link commutes with the sum, as secure aggregation needs.
+      upload: ``upload(wire, update) -> Wire``, what one client sends after the link; ``update`` is what the method
+        gives (shapes only), before any link.
+      download: the same for what it receives.
+      linear: whether what clients send can be added up before it is decoded, as secure sums need.
     """
 
     init: Callable[[Any], Any] = _no_init
+    prepare: Callable[[Any, RoundContext, jax.Array], Any] = _same_prepared
+    broadcast: Callable[[Any, Any], Any] = lambda shared, prepared: shared
     client: Callable[[Any, Any, jax.Array], tuple[Any, Metrics]] = _same_client
+    summation: Summation | None = None
     server: Callable[[Any, Any, jax.Array], tuple[Any, Any]] = _same_server
     sensitivity: Callable[[Bound], Bound] = lambda bound: bound
     dp_event: Callable[[Bound, int], dp_accounting.DpEvent | None] = lambda bound, round_index: None
     local_dp_event: Callable[[Bound, int], dp_accounting.DpEvent | None] = lambda bound, round_index: None
     local_unit: str = "user"
     min_separation: int = 1
-    upload_bits: Callable[[float, Any], float] = lambda bits, update: bits
+    upload: Callable[[Wire, Any], Wire] = lambda wire, update: wire
+    download: Callable[[Wire, Any], Wire] = lambda wire, update: wire
     linear: bool = True
 
 
@@ -99,9 +174,10 @@ def chain(*links: UpdateTransform) -> UpdateTransform:
 
     Raises:
       ValueError: if a link needs a sensitivity bound that no earlier link gives, if two links add noise on the server,
-        or two on the client (a chain makes one release per round, so that one event describes it), or if a link after
-        the server's noise raises the bound.
+        or two on the client (a chain makes one release per round, so that one event describes it), if a link after
+        the server's noise raises the bound, or if the sum cannot be taken as a link says.
     """
+    summation = _summation_of(links)
 
     def bounds_from(bound):
         bounds = [bound]
@@ -134,6 +210,15 @@ def chain(*links: UpdateTransform) -> UpdateTransform:
     def init(params):
         return tuple(link.init(params) for link in links)
 
+    def prepare(state, context, key):
+        pairs = enumerate(zip(links, state, strict=True))
+        return tuple(link.prepare(mine, context, jax.random.fold_in(key, index)) for index, (link, mine) in pairs)
+
+    def broadcast(shared, prepared):
+        for link, mine in zip(links, prepared, strict=True):
+            shared = link.broadcast(shared, mine)
+        return shared
+
     def client(update, state, key):
         metrics = {}
         for index, (link, link_state) in enumerate(zip(links, state, strict=True)):
@@ -147,36 +232,58 @@ def chain(*links: UpdateTransform) -> UpdateTransform:
             total, states[index] = links[index].server(total, state[index], jax.random.fold_in(key, index))
         return total, tuple(states)
 
-    def upload_bits(bits, update):
+    def wire_after(direction, wire, update):
         for link in links:
-            bits = link.upload_bits(bits, update)
-        return bits
+            wire = getattr(link, direction)(wire, update)
+        return wire
 
     return UpdateTransform(
         init=init,
+        prepare=prepare,
+        broadcast=broadcast,
         client=client,
+        summation=summation,
         server=server,
         sensitivity=lambda bound: bounds_from(bound)[-1],
         dp_event=dp_event,
         local_dp_event=local_dp_event,
         local_unit="example" if any(link.local_unit == "example" for link in links) else "user",
         min_separation=max((link.min_separation for link in links), default=1),
-        upload_bits=upload_bits,
+        upload=partial(wire_after, "upload"),
+        download=partial(wire_after, "download"),
         linear=all(link.linear for link in links),
     )
 
 
-def update_bits(update: Any) -> float:
-    """Bits that an update takes uncompressed: 32 a number, and 32 an id for rows.
+def _summation_of(links) -> Summation | None:
+    """The last link's way to sum, reading that link's part of what the chain has prepared."""
+    *others, last = links or [None]
+    if any(link.summation for link in others):
+        raise ValueError("A link that says how the sum is taken must be the last one of the chain, and the only one.")
+    if last is None or last.summation is None:
+        return None
+    summation = last.summation
+    if not summation.individual and not all(link.linear for link in links):
+        raise ValueError(
+            "A secure sum adds up what clients send before anything is decoded, and a link before it is decoded client "
+            "by client (top-k, scales or factors of a client's own). Use a linear one: rand_k, count_sketch, low_rank "
+            "or item_subset."
+        )
+    return summation._replace(
+        add=lambda total, updates, ids, active, prepared: summation.add(total, updates, ids, active, prepared[-1]),
+        end=lambda total, prepared: summation.end(total, prepared[-1]),
+    )
+
+
+def plain_wire(update: Any) -> Wire:
+    """An update uncompressed: 32 bits a number, and 32 an id for rows.
 
     Args:
       update: one client's update (arrays or ``jax.ShapeDtypeStruct``), padding counted as sent.
     """
-
-    def bits(leaf):
-        return 32 * (leaf.ids.size + leaf.values.size) if is_rows(leaf) else 32 * leaf.size
-
-    return float(sum(bits(leaf) for leaf in jax.tree.leaves(update, is_leaf=is_rows)))
+    leaves = jax.tree.leaves(update, is_leaf=is_rows)
+    numbers = sum(leaf.values.size if is_rows(leaf) else leaf.size for leaf in leaves)
+    return Wire(float(numbers), side_bits=32.0 * sum(leaf.ids.size for leaf in leaves if is_rows(leaf)))
 
 
 def scale(factor: float) -> UpdateTransform:

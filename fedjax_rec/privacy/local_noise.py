@@ -15,7 +15,7 @@ from dp_accounting.dp_event import DpEvent
 
 from fedjax_rec.federated.round import Rounds
 from fedjax_rec.federated.rows import Rows, add_rows, is_rows
-from fedjax_rec.federated.transforms import UpdateTransform
+from fedjax_rec.federated.transforms import UpdateTransform, Wire
 from fedjax_rec.privacy.accounting import PrivacySpent
 from fedjax_rec.privacy.events import describe
 from fedjax_rec.privacy.formulas import shuffled_epsilon
@@ -105,7 +105,7 @@ def _noise_of_clients(draw: Callable, dp_event: Callable, max_update_bytes: int)
         client=client,
         sensitivity=lambda bound: bound._replace(noised=True, integers=False),
         local_dp_event=dp_event,
-        upload_bits=lambda bits, update: whole_bits(update, max_bytes=max_update_bytes),
+        upload=lambda wire, update: whole_wire(update, max_bytes=max_update_bytes),
     )
 
 
@@ -115,8 +115,8 @@ def whole_size(update) -> int:
     return sum(leaf.num_rows * leaf.values.shape[-1] if is_rows(leaf) else math.prod(leaf.shape) for leaf in leaves)
 
 
-def whole_bits(update, *, max_bytes: int = MAX_UPDATE_BYTES) -> float:
-    """Bits of an update with whole tables, 32 a number.
+def whole_wire(update, *, max_bytes: int = MAX_UPDATE_BYTES) -> Wire:
+    """An update with whole tables, 32 bits a number.
 
     Raises:
       ValueError: with both numbers, if it is larger than ``max_bytes``.
@@ -128,7 +128,7 @@ def whole_bits(update, *, max_bytes: int = MAX_UPDATE_BYTES) -> float:
             "a chunk holds one for each of its clients. Train fewer items or a smaller dim, use k_randomized_response, "
             "which sends one row, or raise max_update_bytes and lower chunk_size."
         )
-    return 8.0 * num_bytes
+    return Wire(num_bytes / 4)
 
 
 def whole_tables(update):

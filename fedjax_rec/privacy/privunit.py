@@ -19,7 +19,7 @@ from scipy.stats import norm
 
 from fedjax_rec.federated.rows import Rows, is_rows
 from fedjax_rec.federated.transforms import Bound, UpdateTransform
-from fedjax_rec.privacy.local_noise import MAX_UPDATE_BYTES, whole_bits, whole_size, whole_tables
+from fedjax_rec.privacy.local_noise import MAX_UPDATE_BYTES, whole_size, whole_tables, whole_wire
 from fedjax_rec.privacy.noise import standard_normal
 
 _COIN = 2**32
@@ -143,19 +143,19 @@ def privunit(
         # The noise depends on the vector's direction and is unbounded, so nothing is left of the incoming bound.
         return Bound(noised=True)
 
-    def upload_bits(bits, update):
-        del bits
+    def upload(wire, update):
+        del wire
         if whole_size(update) != num_numbers:
             raise ValueError(
                 f"The whole update has {whole_size(update):,} numbers, and privunit was made for {num_numbers:,}."
             )
-        return whole_bits(update, max_bytes=max_update_bytes)
+        return whole_wire(update, max_bytes=max_update_bytes)
 
     return UpdateTransform(
         client=client,
         sensitivity=sensitivity,
         local_dp_event=lambda bound, round_index: event,
-        upload_bits=upload_bits,
+        upload=upload,
     )
 
 

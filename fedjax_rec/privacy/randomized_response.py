@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from dp_accounting.dp_event import RandomizedResponseDpEvent, SelfComposedDpEvent
 
 from fedjax_rec.federated.rows import Rows, add_update, is_rows, merge_duplicates
-from fedjax_rec.federated.transforms import Bound, UpdateTransform
+from fedjax_rec.federated.transforms import Bound, UpdateTransform, Wire
 
 _COIN = 2**32
 
@@ -76,7 +76,7 @@ def randomized_response(
         sensitivity=lambda bound: Bound(l1=float(num_items), l2=math.sqrt(num_items), integers=True),
         local_dp_event=local_dp_event,
         local_unit=unit,
-        upload_bits=lambda bits, update: float(_only_table(update, num_items).num_rows),
+        upload=lambda wire, update: Wire(_only_table(update, num_items).num_rows, bits=1),
     )
 
 
@@ -127,17 +127,17 @@ def k_randomized_response(epsilon: float, *, num_items: int, num_reports: float)
         del key
         return _debiased(total, num_reports * lie_prob / num_answers, 1 - lie_prob), state
 
-    def upload_bits(bits, update):
-        del bits
+    def upload(wire, update):
+        del wire
         _only_table(update, num_items)
-        return float(math.ceil(math.log2(num_answers)))
+        return Wire(1, bits=math.ceil(math.log2(num_answers)))
 
     return UpdateTransform(
         client=client,
         server=server,
         sensitivity=lambda bound: Bound(l1=1.0, l2=1.0, integers=True),  # one answer, whatever came in
         local_dp_event=lambda bound, round_index: RandomizedResponseDpEvent(lie_prob, num_answers),
-        upload_bits=upload_bits,
+        upload=upload,
     )
 
 
