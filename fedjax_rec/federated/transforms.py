@@ -151,6 +151,8 @@ class UpdateTransform(NamedTuple):
         gives (shapes only), before any link.
       download: the same for what it receives.
       linear: whether what clients send can be added up before it is decoded, as secure sums need.
+      decodes: whether ``server`` can lengthen the sum, such as by scaling what a mask left; noise must then come after
+        the link, so that it is added to what clients sent, of which ``sensitivity`` is the bound.
     """
 
     init: Callable[[Any], Any] = _no_init
@@ -167,6 +169,7 @@ class UpdateTransform(NamedTuple):
     upload: Callable[[Wire, Any], Wire] = lambda wire, update: wire
     download: Callable[[Wire, Any], Wire] = lambda wire, update: wire
     linear: bool = True
+    decodes: bool = False
 
 
 def chain(*links: UpdateTransform) -> UpdateTransform:
@@ -206,6 +209,11 @@ def chain(*links: UpdateTransform) -> UpdateTransform:
         bound, *later = bounds_from(UNBOUNDED)[noisy + 1 :]
         if not all(b.within(bound) for b in later):
             raise ValueError(f"A link after the noise raises the bound from {bound} to {later}; put the noise last.")
+        if any(link.decodes for link in links[noisy + 1 :]):
+            raise ValueError(
+                "A link after the noise decodes the sum before the noise is added, and what it decodes to is longer "
+                "than the bound of what clients send; put the noise last."
+            )
 
     def init(params):
         return tuple(link.init(params) for link in links)
@@ -252,6 +260,7 @@ def chain(*links: UpdateTransform) -> UpdateTransform:
         upload=partial(wire_after, "upload"),
         download=partial(wire_after, "download"),
         linear=all(link.linear for link in links),
+        decodes=any(link.decodes for link in links),
     )
 
 
