@@ -58,19 +58,17 @@ def trimmed_mean_rule(share: float) -> Rule:
     """The mean of each coordinate without the ``floor(share * s)`` smallest and as many largest of its s senders."""
 
     def rule(values, sent):
-        uploads = len(values)
-        trims = np.minimum(
-            np.floor(share * np.arange(uploads + 1) + 1e-9), np.maximum(np.arange(uploads + 1) - 1, 0) // 2
-        )
         support = sent.sum(0, dtype=jnp.int32)
-        trim = jnp.asarray(trims, jnp.int32)[support]
+        # In float64, with room for its rounding: in float32, 0.1 * 30 might be below 3.
+        trims = np.floor(share * np.arange(len(values) + 1) + 1e-9)
+        trim = jnp.minimum(jnp.asarray(trims, jnp.int32)[support], jnp.maximum(support - 1, 0) // 2)
         ordered = _ordered(values, sent)
         low, high = _kth_smallest(ordered, trim), _kth_smallest(ordered, jnp.maximum(support - 1 - trim, 0))
-        inside = (ordered > low) & (ordered < high)
+        inside = (ordered > low[None]) & (ordered < high[None])
         # Of the uploads equal to a limit, those that the trimming leaves.
-        left_low = (ordered <= low).sum(0, dtype=jnp.int32) - trim[:, None]
+        left_low = (ordered <= low[None]).sum(0, dtype=jnp.int32) - trim[:, None]
         absent = (len(values) - support)[:, None]
-        left_high = (ordered >= high).sum(0, dtype=jnp.int32) - absent - trim[:, None]
+        left_high = (ordered >= high[None]).sum(0, dtype=jnp.int32) - absent - trim[:, None]
         kept = jnp.maximum(support - 2 * trim, 1)[:, None]
         total = jnp.where(inside, values, 0.0).sum(0) + left_low * _number(low) + left_high * _number(high)
         mean = jnp.where(low == high, _number(low), total / kept)
