@@ -1,0 +1,108 @@
+"""Uniform quantisation of a client's update: a few bits a number, and a scale of its own."""
+
+import jax
+import jax.numpy as jnp
+
+from fedjax_rec.compression.flat import ravel_update, update_size
+from fedjax_rec.compression.rotation import block_size, rotate, rotate_back, rotated_size
+from fedjax_rec.federated.transforms import Bound, UpdateTransform
+
+ROUNDINGS = ("stochastic", "nearest")
+MOST_BITS = 16
+_RUN = 64  # numbers whose offsets come from one random word
+_GOLDEN = 2654435769  # 2^32 over the golden ratio: its multiples fill the unit interval evenly
+
+
+def quantize(bits: int, *, rounding: str = "stochastic", rotation: bool = True) -> UpdateTransform:
+    """Rounds each client's update to a grid of ``2^bits - 1`` levels (one bit: 2) between minus and plus its largest.
+
+        q = round((x / m + 1) L / 2),    decoded x = (2 q / L - 1) m,    m = max |x|,    L = 2^bits - 2 (one bit: 1)
+
+    With rotation, x are the numbers of one block of the rotated update, and m is that block's; without, there is one m
+    for all, and a single large number makes the grid coarse for everything else. The signs of the rotation are public
+    and of the round. Zero is a level, from two bits on. A client's update is sent as ``bits`` a number and 32 bits for
+    each m; ids of rows are sent beside it, as before. As it is the client's own scale that its numbers are multiplied
+    by, they cannot be summed before they are decoded: not linear.
+
+    Stochastic rounding goes up with a probability of ``frac``, to 2^-24, so the decoded update is unbiased. A random
+    word costs more than all the rest, and unbiasedness needs each offset uniform, but not independent of the others:
+    ``offset_j = word + j g mod 2^32``, g the golden ratio's, is uniform for each j of a run of 64 if the word is. The
+    expected squared error is that of independent offsets, as it is a sum over numbers; clients are independent.
+    Nearest rounding has about half that error, and a bias that the mean over clients keeps.
+
+    No error is fed back into later rounds: a client that is sampled now and then would feed it back when it is stale.
+
+    Guarantee: none on the norm: rounding can lengthen an update, so a clip must follow it before any noise ("clip last,
+    on the decoded vector"). An update that is not finite is not finite after it, for that clip to drop.
+
+    Args:
+      bits: a number, 1 to 16.
+      rounding: "stochastic" or "nearest".
+      rotation: whether to rotate first; it takes most of the time (see `rotation`).
+
+    Raises:
+      ValueError: for other bits or another rounding.
+    """
+    if not (isinstance(bits, int) and 1 <= bits <= MOST_BITS):
+        raise ValueError(f"bits must be a whole number between 1 and {MOST_BITS}; got {bits}.")
+    if rounding not in ROUNDINGS:
+        raise ValueError(f"rounding must be one of {', '.join(ROUNDINGS)}; got {rounding!r}.")
+    num_steps = max(2**bits - 2, 1)
+
+    def prepare(state, context, key):
+        del context
+        return key if rotation else state
+
+    def client(update, prepared, key):
+        vector, unravel = ravel_update(update)
+        x = rotate(vector, prepared) if rotation else vector
+        offsets = random_offsets(key, x.size) if rounding == "stochastic" else jnp.full(x.shape, 0.5)
+        shape = (-1, block_size(vector.size) if rotation else vector.size)
+        decoded = to_grid(x.reshape(shape), offsets.reshape(shape), num_steps).reshape(-1)
+        return unravel(rotate_back(decoded, prepared, vector.size) if rotation else decoded), {}
+
+    def server(total, prepared, key):
+        del prepared, key
+        return total, ()
+
+    def upload(wire, update):
+        size = update_size(update)
+        numbers, num_scales = (rotated_size(size), rotated_size(size) // block_size(size)) if rotation else (size, 1)
+        return wire._replace(numbers=float(numbers), bits=float(bits), side_bits=wire.side_bits + 32.0 * num_scales)
+
+    return UpdateTransform(
+        prepare=prepare,
+        client=client,
+        server=server,
+        sensitivity=lambda bound: Bound(noised=bound.noised),
+        upload=upload,
+        linear=False,
+    )
+
+
+def to_grid(x: jax.Array, offsets: jax.Array, num_steps: int) -> jax.Array:
+    """Rounds each row to ``num_steps`` equal steps between minus and plus its largest magnitude.
+
+    Args:
+      x: float32 ``[blocks, n]``.
+      offsets: float32 ``[blocks, n]`` in (0, 1): a number is rounded up if the rest of it is above its offset.
+      num_steps: levels less one.
+    """
+    largest = jnp.max(jnp.abs(x), axis=1, keepdims=True)
+    inverse = jnp.where(largest == 0, 0.0, 1 / largest)
+    steps = jnp.minimum((x * inverse + 1) * (num_steps / 2), num_steps)
+    below = jnp.floor(steps)
+    code = below + (offsets < steps - below)
+    return (code * (2 / num_steps) - 1) * largest
+
+
+def random_offsets(key: jax.Array, num_numbers: int) -> jax.Array:
+    """Numbers in (0, 1), each uniform, 64 of them from one random word.
+
+    Returns:
+      float32 ``[num_numbers]``, odd multiples of 2^-24.
+    """
+    words = jax.random.bits(key, (-(-num_numbers // _RUN), 1), jnp.uint32)
+    shifts = (jnp.arange(_RUN, dtype=jnp.uint32) * jnp.uint32(_GOLDEN))[None]
+    bits = (words + shifts).reshape(-1)[:num_numbers] >> 9
+    return bits.astype(jnp.float32) * 2.0**-23 + 2.0**-24
