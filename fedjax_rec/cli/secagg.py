@@ -140,7 +140,7 @@ def _print_round(result: "SumResult", vectors: np.ndarray, plain: np.ndarray) ->
         "secure sum": result.total.view(np.int32),
         "plain sum": plain,
     }.items():
-        console.print(f"{name:16}{row(numbers)}")
+        console.print(f"{name:18}{row(numbers)}")
     console.print("They are the same, bit for bit." if same else "THEY DIFFER: this is a bug, please report it.")
     console.print("\nNot promised:")
     console.print(_NOT_PROMISED.format(threshold=terms.threshold, holders=terms.degree + 1))

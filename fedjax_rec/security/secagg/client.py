@@ -45,8 +45,8 @@ class Client:
             raise ValueError(f"A client's number must be from 0 to 2^32 - 2; got {client_id}.")
         self.client_id, self._terms, self._entropy = client_id, terms, entropy
         self._progress = Progress(f"Client {client_id}")
-        self._mask_key = primitives.private_key(entropy(primitives.KEY_BYTES))
-        self._channel_key = primitives.private_key(entropy(primitives.KEY_BYTES))
+        self._mask_key = primitives.new_private_key(entropy)
+        self._channel_key = primitives.new_private_key(entropy)
         self._seed = entropy(primitives.KEY_BYTES)
         self._mask_keys: dict[int, bytes] = {}  # public, by neighbour
         self._channels: dict[int, bytes] = {}  # agreed secrets, by neighbour

@@ -7,6 +7,7 @@ receiver: HKDF-SHA256 binds it to label, session, round and both parties.
 import functools
 import hashlib
 import hmac
+from collections.abc import Callable
 
 import numpy as np
 
@@ -30,8 +31,20 @@ PrivateKey = X25519PrivateKey
 _BLOCK_BYTES = 16
 
 
+def new_private_key(entropy: Callable[[int], bytes]) -> PrivateKey:
+    """A fresh X25519 key, its secret bytes in the form that RFC 7748 (section 5) gives them."""
+    return X25519PrivateKey.from_private_bytes(_canonical(entropy(KEY_BYTES)))
+
+
 def private_key(secret: bytes) -> PrivateKey:
-    """The X25519 key whose 32 secret bytes are these."""
+    """The X25519 key whose 32 secret bytes are these.
+
+    Raises:
+      ProtocolError: for bytes that `new_private_key` does not make. They would pass for the key that differs from them
+        in bits that X25519 ignores.
+    """
+    if secret != _canonical(secret):
+        raise ProtocolError("Shares of a mask key rebuild bytes that are no such key; at least one share is wrong.")
     return X25519PrivateKey.from_private_bytes(secret)
 
 
@@ -87,6 +100,10 @@ def tag(key: bytes, message: bytes) -> bytes:
 def same_bytes(left: bytes, right: bytes) -> bool:
     """Whether both are equal, in a time that does not tell where they differ."""
     return hmac.compare_digest(left, right)
+
+
+def _canonical(secret: bytes) -> bytes:
+    return bytes([secret[0] & 248]) + secret[1:31] + bytes([secret[31] & 127 | 64])
 
 
 def add_mask(words: np.ndarray, seed: bytes, *, sign: int, scratch: bytearray) -> None:
