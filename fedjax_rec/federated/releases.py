@@ -69,6 +69,7 @@ def check_pair(transforms: UpdateTransform, sampler: Sampler) -> None:
             "no add-or-remove guarantee on top of it. Use full_participation(n, relation='replace_one') or fixed_size, "
             "or clip the noised update again before the server's noise."
         )
+    _check_shares(transforms, sampler)
     if transforms.min_separation > sampler.num_groups:
         raise ValueError(
             f"This noise is correlated over {transforms.min_separation} rounds, and its bound is for clients that take "
@@ -76,3 +77,16 @@ def check_pair(transforms: UpdateTransform, sampler: Sampler) -> None:
             f"in_turn(num_clients, num_groups={transforms.min_separation})."
         )
     check_supported(sampler.dp_event(event), relation=sampler.relation)
+
+
+def _check_shares(transforms: UpdateTransform, sampler: Sampler) -> None:
+    """Refuses noise in shares whose number nothing guarantees."""
+    needed, summation = transforms.min_clients, transforms.summation
+    given = (
+        summation.min_clients if summation else int(sampler.expected_size) if sampler.relation == "replace_one" else 0
+    )
+    if needed > given:
+        raise ValueError(
+            f"The noise comes in shares, of which the bound needs {needed}, and a sum of {given} clients would be let "
+            f"through. Give the secure sum min_clients={needed}."
+        )

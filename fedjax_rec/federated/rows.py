@@ -158,7 +158,7 @@ def add_update(table: jax.Array, update: Any) -> jax.Array:
 
 
 def zero_total(update: Any) -> Any:
-    """Returns the empty sum of such updates: a dense float32 table for each `Rows`, zeros for the rest.
+    """Returns the empty sum of such updates: a dense table for each `Rows`, zeros for the rest.
 
     Args:
       update: one client's update (arrays or ``jax.ShapeDtypeStruct``, without a client axis).
@@ -166,7 +166,7 @@ def zero_total(update: Any) -> Any:
 
     def zeros(leaf):
         if is_rows(leaf):
-            return jnp.zeros((leaf.num_rows, leaf.values.shape[-1]), jnp.float32)
+            return jnp.zeros((leaf.num_rows, leaf.values.shape[-1]), leaf.values.dtype)
         return jnp.zeros(leaf.shape, leaf.dtype)
 
     return jax.tree.map(zeros, update, is_leaf=is_rows)

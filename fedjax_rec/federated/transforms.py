@@ -63,6 +63,7 @@ class Summation(NamedTuple):
       end: ``end(total, prepared) -> (total, metrics)``, what the links' servers get; metrics are float32 scalars.
       individual: True if the server sees single uploads; then no central DP.
       host: True if it calls back to the host, which one device can do.
+      min_clients: sums of fewer clients are refused, and zeros come out.
     """
 
     zero: Callable[[Any], Any]
@@ -70,6 +71,7 @@ class Summation(NamedTuple):
     end: Callable[[Any, Any], tuple[Any, Metrics]] = lambda total, prepared: (total, {})
     individual: bool = False
     host: bool = False
+    min_clients: int = 0
 
 
 PLAIN_SUM = Summation(
@@ -146,6 +148,7 @@ class UpdateTransform(NamedTuple):
         0), where the update is within the bound; None = it protects nothing. All rounds or none have an event.
       local_dp_event: the same for what one client sends after the link, about that client's data alone.
       local_unit: whose change ``local_dp_event`` is about: "user", all of that data, or "example", one interaction.
+      min_clients: the event holds for sums of at least so many clients, each with its share of the noise.
       min_separation: the event holds for clients that take part at most once in any so many rounds in a row.
       upload: ``upload(wire, update) -> Wire``, what one client sends after the link; ``update`` is what the method
         gives (shapes only), before any link.
@@ -165,6 +168,7 @@ class UpdateTransform(NamedTuple):
     dp_event: Callable[[Bound, int], dp_accounting.DpEvent | None] = lambda bound, round_index: None
     local_dp_event: Callable[[Bound, int], dp_accounting.DpEvent | None] = lambda bound, round_index: None
     local_unit: str = "user"
+    min_clients: int = 0
     min_separation: int = 1
     upload: Callable[[Wire, Any], Wire] = lambda wire, update: wire
     download: Callable[[Wire, Any], Wire] = lambda wire, update: wire
@@ -256,6 +260,7 @@ def chain(*links: UpdateTransform) -> UpdateTransform:
         dp_event=dp_event,
         local_dp_event=local_dp_event,
         local_unit="example" if any(link.local_unit == "example" for link in links) else "user",
+        min_clients=max((link.min_clients for link in links), default=0),
         min_separation=max((link.min_separation for link in links), default=1),
         upload=partial(wire_after, "upload"),
         download=partial(wire_after, "download"),
