@@ -54,16 +54,16 @@ NAN_CLIENT = 4
     ],
     ids=["median", "mean", "trimmed", "most trimmed"],
 )
-def test_each_row_over_its_senders(rule, oracle, monkeypatch):
+def test_each_row_over_its_senders(rule, oracle):
     """40 rows of 0 to 30 senders with ties, both signs of zero and huge numbers, in blocks that do not divide them."""
-    monkeypatch.setattr(robust_rules, "BLOCK_NUMBERS", 30 * 2 * 7)
     rng = np.random.default_rng(0)
     values = rng.choice([-2.5, -1.0, -0.0, 0.0, 1.0, 3.0, 1e18], (30, 40, 2)).astype(np.float32)
     values[:, 20:] = rng.normal(size=(30, 20, 2))
     sent = rng.random((30, 40)) < np.linspace(0, 1, 40)
     sent[:, 0] = False
     values[~sent] = 0
-    got = jax.jit(lambda v, s: robust_rules.robust_sum(rule, v, s, 3))(values, sent)
+    total = jax.jit(lambda v, s: robust_rules.robust_sum(rule, v, s, 3, block_numbers=30 * 2 * 7))
+    got = total(values, sent)
     wanted = np.zeros((40, 2))
     for row in range(40):
         x = values[sent[:, row], row].astype(np.float64)
@@ -71,19 +71,22 @@ def test_each_row_over_its_senders(rule, oracle, monkeypatch):
     assert 0 < np.sum(~wanted.any(1)) < 20
     np.testing.assert_allclose(got, wanted, rtol=2e-5, atol=1e-5)
     again = rng.permutation(30)
-    shuffled = jax.jit(lambda v, s: robust_rules.robust_sum(rule, v, s, 3))(values[again], sent[again])
-    np.testing.assert_allclose(shuffled, got, rtol=2e-5, atol=1e-5)
+    np.testing.assert_allclose(total(values[again], sent[again]), got, rtol=2e-5, atol=1e-5)
 
 
 def test_krum_by_hand():
     """On a line: 0, 1, 2, 10, absent, 11. With f = 1, n = 5, each score sums the 2 smallest squared distances."""
-    points = jnp.array([0.0, 1.0, 2.0, 10.0, 1.0, 11.0])[:, None]
-    present = jnp.array([True, True, True, True, False, True])
-    distances = robust_rules.squared_distances([points])
-    scores = robust_rules.krum_scores(distances, present, 1)
-    np.testing.assert_allclose(scores, [1 + 4, 1 + 1, 1 + 4, 1 + 64, np.inf, 1 + 81])
-    huge = robust_rules.squared_distances([jnp.array([[1e19], [1e19], [0.0]])])
-    assert np.all(np.asarray(huge) >= 0)  # and not NaN, which would come first or last by chance
+    points = np.array([0.0, 1.0, 2.0, 10.0, 1.0, 11.0], np.float32)[:, None]
+    present = np.array([True, True, True, True, False, True])
+
+    @jax.jit
+    def scores(points):
+        return robust_rules.krum_scores(robust_rules.squared_distances([points]), present, 1)
+
+    np.testing.assert_allclose(scores(points), [1 + 4, 1 + 1, 1 + 4, 1 + 64, np.inf, 1 + 81])
+    points[[3, 5]] = 1.8e19  # sums of two such squares overflow: infinitely far, and not NaN, which is in no order
+    np.testing.assert_array_equal(np.isfinite(scores(points)), [True, True, True, False, False, False])
+    assert np.argmin(scores(points)) == 1
 
 
 # The links, through the round.
@@ -250,7 +253,7 @@ def clipped_rounds():
     return make_rounds(adversaries(), transforms, SAMPLER, nothing_but_clients(), span_size=1)
 
 
-@settings(max_examples=40, deadline=None, derandomize=True)
+@settings(max_examples=30, deadline=None, derandomize=True)
 @given(uploads=uploads, cohort=cohorts, user=users)
 def test_row_norms_bound_whatever_a_client_sends(clipped_rounds, uploads, cohort, user):
     state, _ = clipped_rounds.init(jax.random.key(0))

@@ -11,29 +11,35 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-BLOCK_NUMBERS = 2**20
-"""Numbers of the uploads that a coordinate-wise rule copies at a time."""
+# Numbers of the uploads that a coordinate-wise rule works on at a time: on a CPU they stay in the cache, which takes
+# two thirds of the time that 2**20 of them do; an accelerator wants many at once.
+BLOCK_NUMBERS = {"cpu": 2**15}
+ACCELERATOR_BLOCK_NUMBERS = 2**24
 
 Rule = Callable[[jax.Array, jax.Array], jax.Array]
 """``(values [uploads, rows, dim], sent [uploads, rows]) -> [rows, dim]``, a mean over the senders of each row."""
 
 
-def robust_sum(rule: Rule, values: jax.Array, sent: jax.Array, min_support: int) -> jax.Array:
+def robust_sum(
+    rule: Rule, values: jax.Array, sent: jax.Array, min_support: int, *, block_numbers: int | None = None
+) -> jax.Array:
     """``s * rule`` for each row with ``s >= min_support`` senders, and zero for the others.
 
-    Works through blocks of rows, so beside the uploads there are copies of ``BLOCK_NUMBERS`` numbers only.
+    Works through blocks of rows, so that of the uploads only a block is ever copied.
 
     Args:
       rule: `median_rule` or `trimmed_mean_rule`.
       values: float32 ``[uploads, rows, dim]``, finite.
       sent: bool ``[uploads, rows]``.
       min_support: fewest senders of a row that changes, at least 1.
+      block_numbers: of the uploads in a block, by default chosen for the backend. Never changes a result.
 
     Returns:
       float32 ``[rows, dim]``.
     """
     uploads, rows, dim = values.shape
-    size = min(rows, max(1, BLOCK_NUMBERS // max(uploads * dim, 1)))
+    block_numbers = block_numbers or BLOCK_NUMBERS.get(jax.default_backend(), ACCELERATOR_BLOCK_NUMBERS)
+    size = min(rows, max(1, block_numbers // max(uploads * dim, 1)))
 
     def block(i, total):
         first = jnp.minimum(i * size, rows - size)  # the last block overlaps the one before it
