@@ -35,6 +35,7 @@ from fedjax_rec.privacy.mechanisms import clip_by_global_norm, gaussian_noise
 from fedjax_rec.security import robust_rules
 from fedjax_rec.security.fltrust import fltrust
 from fedjax_rec.security.robust import clip_by_row_norm, krum, median, multi_krum, trimmed_mean
+from fedjax_rec.security.simulated import simulated_secure_sum
 
 KEYS = RoundKeys(*(jax.random.key(i) for i in range(3)))
 EVERYONE = full_participation(NUM_CLIENTS)
@@ -315,6 +316,16 @@ def test_central_dp_is_refused(rule):
     transforms = chain(clip_by_global_norm(1.0), gaussian_noise(1.0), RULES[rule])
     with pytest.raises(ValueError, match="single uploads"):
         make_rounds(adversaries(), transforms, EVERYONE, nothing_but_clients())
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_secure_sums_are_refused(rule):
+    for links in (
+        (RULES[rule], simulated_secure_sum(num_clients=NUM_CLIENTS)),
+        (simulated_secure_sum(num_clients=NUM_CLIENTS), RULES[rule]),
+    ):
+        with pytest.raises(ValueError, match="shows the server none of them"):
+            chain(*links)
 
 
 def test_two_ways_to_sum_are_refused():

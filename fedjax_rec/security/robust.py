@@ -96,6 +96,8 @@ def median(*, min_support: int, max_clients: int, dense: bool = False) -> Update
 
     Differs from the paper: uploads of a recommender are sparse, so each row has its own senders. That is also its weak
     spot: on an item that few know, a few attackers are the majority. ``min_support`` is the remedy, and the only one.
+    Clients that drew an item as a negative are senders of its row too; where they are the majority, the median pushes
+    the item down whatever those who like it say.
 
     Sees: single uploads. Breaks down: on a row of which half the senders are malicious. With at most f malicious
     clients in a cohort, ``min_support >= 2 f + 1`` rules that out, and rows of fewer senders learn nothing. A
