@@ -272,6 +272,10 @@ def chain(*links: UpdateTransform) -> UpdateTransform:
 def _summation_of(links) -> Summation | None:
     """The last link's way to sum, reading that link's part of what the chain has prepared."""
     *others, last = links or [None]
+    if len({link.summation.individual for link in links if link.summation}) == 2:
+        raise ValueError(
+            "A robust rule compares single uploads, and a secure sum shows the server none of them. Keep only one."
+        )
     if any(link.summation for link in others):
         raise ValueError("A link that says how the sum is taken must be the last one of the chain, and the only one.")
     if last is None or last.summation is None:
