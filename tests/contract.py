@@ -15,6 +15,7 @@ import optax
 from evaluation_worlds import make_split
 
 import fedjax_rec as fr
+from fedjax_rec.algorithms.prediction_exchange import prediction_exchange
 from fedjax_rec.data.clients import ClientData, client_data
 from fedjax_rec.federated.algorithm import Algorithm
 from fedjax_rec.federated.cohort import Sampler, full_participation, poisson
@@ -79,6 +80,7 @@ SUM = fr.additive_scorer(NUM_ITEMS, dim=DIM, separation=0.0, init_stddev=0.3)
 DRAW = {"negatives": fr.Negatives(1), "batch_size": 4}
 STEADY = {"table_lr": 1.0, "head_lr": 0.5, "batch_decay": 1.0, "round_decay": 1.0, "local_epochs": 2}
 PERSONAL = {"lr": 0.5, "item_lr": 0.5, "local_epochs": 2}
+EXCHANGE = {"lr": 0.5, "item_lr": 1.0, "server_optimizer": optax.adam(0.05), "server_steps": 5}
 SGD = optax.sgd(0.5)
 
 # A new method joins by one line here.
@@ -118,6 +120,9 @@ METHODS: dict[str, Callable[[World], Entry]] = {
     "gpfedrec": lambda w: Entry(fr.gpfedrec(HEAD, **w.sizes, item_lr_factor=1.0, **DRAW), fr.own_score),
     "cofedrec": lambda w: Entry(
         fr.cofedrec(HEAD, **w.sizes, num_groups=2, lr=0.1, item_lr_factor=1.0, **DRAW), fr.own_score
+    ),
+    "prediction_exchange": lambda w: Entry(
+        prediction_exchange(MF, **w.sizes, slate_size=9, server_dim=2, **EXCHANGE, **DRAW), fr.local_score(MF)
     ),
     "ditto": lambda w: Entry(fr.ditto(MF, num_clients=w.num_clients, pull=0.5, **PERSONAL, **DRAW), fr.ditto_score(MF)),
     "apfl": lambda w: Entry(
