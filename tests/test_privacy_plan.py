@@ -16,7 +16,8 @@ from fedjax_rec.federated.transforms import UNBOUNDED
 from fedjax_rec.privacy import privacy_spent
 from fedjax_rec.privacy.ledger import BudgetExceeded
 from fedjax_rec.runs import directory
-from fedjax_rec.runs.config import ModelConfig, PrivacyConfig, TrainConfig, check
+from fedjax_rec.runs.config import ModelConfig, PrivacyConfig, TrainConfig
+from fedjax_rec.runs.config_checks import check
 from fedjax_rec.runs.experiment import prepare
 from fedjax_rec.runs.privacy_plan import plan_privacy, private_chain, run_event
 from fedjax_rec.runs.training import train

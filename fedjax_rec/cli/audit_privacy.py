@@ -183,7 +183,8 @@ def _check(config: AuditPrivacyConfig) -> None:
 
 def _private_config(config: AuditPrivacyConfig) -> "TrainConfig":
     from fedjax_rec.runs import directory
-    from fedjax_rec.runs.config import check, load
+    from fedjax_rec.runs.config import load
+    from fedjax_rec.runs.config_checks import check
 
     if not config.run.exists():
         raise FileNotFoundError(

@@ -15,6 +15,7 @@ from fedjax_rec.reporting.html import write_report
 from fedjax_rec.runs import config as configs
 from fedjax_rec.runs import directory
 from fedjax_rec.runs.config import TrainConfig
+from fedjax_rec.runs.config_checks import check
 from fedjax_rec.runs.experiment import Experiment, prepare, prepare_data
 from fedjax_rec.runs.results import run as run_experiment
 from fedjax_rec.runs.training import saved_keys
@@ -27,7 +28,7 @@ def run(config: TrainConfig) -> int:
       0. Errors are raised as sentences, for `main` to print.
     """
     console = Console()
-    configs.check(config)
+    check(config)
     folder = config.out or _new_folder(config)
     directory.check(folder, resume=config.resume)
     if config.resume:

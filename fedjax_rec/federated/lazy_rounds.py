@@ -177,5 +177,5 @@ def lazy_rounds(
         partial(local_releases, dense),
         sampler.relation,
         sampler.name,
-        *engine._traffic(algorithm, clip, clients),
+        *engine._traffic(algorithm, clip, clients)[:2],
     )

@@ -1,6 +1,7 @@
 """What rounds release: the chain's events on the sampler's cohorts, and the pairs of them that have no valid event."""
 
 import itertools
+import math
 
 from dp_accounting import NonPrivateDpEvent, NoOpDpEvent
 from dp_accounting.dp_event import DpEvent
@@ -8,6 +9,9 @@ from dp_accounting.dp_event import DpEvent
 from fedjax_rec.federated.cohort import Sampler
 from fedjax_rec.federated.transforms import UNBOUNDED, UpdateTransform
 from fedjax_rec.privacy.accounting import check_supported
+
+# Minus the logarithm of a chance, 1e-12 a round, that no delta has room to notice.
+_LOG_NEVER = 12 * math.log(10)
 
 Releases = tuple[tuple[DpEvent, int], ...]
 """Events of rounds in a row, each with how many equal ones there are."""
@@ -70,6 +74,7 @@ def check_pair(transforms: UpdateTransform, sampler: Sampler) -> None:
             "or clip the noised update again before the server's noise."
         )
     _check_shares(transforms, sampler)
+    _check_refusals(transforms, sampler)
     if transforms.min_separation > sampler.num_groups:
         raise ValueError(
             f"This noise is correlated over {transforms.min_separation} rounds, and its bound is for clients that take "
@@ -89,4 +94,32 @@ def _check_shares(transforms: UpdateTransform, sampler: Sampler) -> None:
         raise ValueError(
             f"The noise comes in shares, of which the bound needs {needed}, and a sum of {given} clients would be let "
             f"through. Give the secure sum min_clients={needed}."
+        )
+
+
+def _check_refusals(transforms: UpdateTransform, sampler: Sampler) -> None:
+    """Refuses sums that may fail for lack of one client, where that client's presence is what is to be hidden.
+
+    A round without a sum releases noise alone, which no clip norm bounds against the noised sum. Under replace-one
+    the same clients are there in either case.
+    """
+    summation = transforms.summation
+    if not summation or not summation.min_clients or sampler.relation != "add_or_remove_one":
+        return
+    if summation.dropout_prob:
+        raise ValueError(
+            "Clients may drop out, and whether enough are left for a sum then depends on each one's presence, which "
+            "add-or-remove-one has to hide. Use full_participation(n, relation='replace_one') or fixed_size."
+        )
+    expected, least = sampler.expected_size, summation.min_clients
+    if "poisson" in sampler.name:
+        # Chernoff's bound on a sum of coins of that mean.
+        short = expected <= least or least * math.log(least / expected) + expected - least < _LOG_NEVER
+    else:
+        short = math.floor(expected) - 1 < least
+    if short:
+        raise ValueError(
+            f"Sums of fewer than {least} clients are refused, and a cohort of {expected:g} in expectation may be short "
+            "of one: whether there is a sum would then tell that one's presence. Lower min_clients, or use larger "
+            "cohorts or fixed_size ones."
         )

@@ -19,7 +19,7 @@ from fedjax_rec.data.clients import Client, ClientData
 from fedjax_rec.federated.algorithm import Algorithm, ServerState, all_private, client_key
 from fedjax_rec.federated.cohort import Sampler
 from fedjax_rec.federated.releases import Releases, check_pair, local_releases, releases
-from fedjax_rec.federated.rows import is_rows
+from fedjax_rec.federated.rows import whole_size
 from fedjax_rec.federated.sparse_server import as_tables, divide
 from fedjax_rec.federated.transforms import (
     PLAIN_SUM,
@@ -82,6 +82,7 @@ class Rounds(NamedTuple):
       upload_bits: mean bits that a client sends in a round, padding included.
       download_bits: mean bits of the rows and dense leaves that a client receives.
       local_unit: "user" or "example": whose change ``local_releases`` is about.
+      plain_bits: mean bits of an update, and of what is received, without any link: 32 a number and an id.
     """
 
     init: Callable[[jax.Array], tuple[ServerState, Any]]
@@ -93,6 +94,7 @@ class Rounds(NamedTuple):
     upload_bits: float
     download_bits: float
     local_unit: str = "user"
+    plain_bits: float = 0.0
 
     @property
     def private(self) -> bool:
@@ -221,7 +223,7 @@ def make_rounds(
         data = buckets if population is None else population
         return compiled(state, private, data, keys, jnp.asarray(num_rounds, jnp.int32))
 
-    upload_bits, download_bits = _traffic(algorithm, transforms, clients)
+    upload_bits, download_bits, plain_bits = _traffic(algorithm, transforms, clients)
     return Rounds(
         init,
         run,
@@ -232,6 +234,7 @@ def make_rounds(
         upload_bits,
         download_bits,
         transforms.local_unit,
+        plain_bits,
     )
 
 
@@ -323,25 +326,35 @@ def _update_shapes(algorithm, clients: ClientData):
         yield output.update, bucket.client_id.shape[0]
 
 
-def largest_update(algorithm: Algorithm, clients: ClientData) -> int:
-    """Numbers in the update of the client with the most, padding included and row ids not: what its shapes allow."""
+def largest_update(
+    algorithm: Algorithm, clients: ClientData, transforms: UpdateTransform | None = None, *, whole: bool = False
+) -> int:
+    """Numbers that the client with the most sends, padding included and row ids not: what shapes allow.
+
+    Args:
+      algorithm: gives the update.
+      clients: the population.
+      transforms: links before it is sent.
+      whole: count rows with ids as whole tables.
+    """
 
     def numbers(update):
-        leaves = jax.tree.leaves(update, is_leaf=is_rows)
-        return sum(leaf.values.size if is_rows(leaf) else leaf.size for leaf in leaves)
+        wire = plain_wire(update) if transforms is None else transforms.upload(plain_wire(update), update)
+        return whole_size(update) if whole and wire.side_bits else wire.numbers
 
-    return max(numbers(update) for update, _ in _update_shapes(algorithm, clients))
+    return int(max(numbers(update) for update, _ in _update_shapes(algorithm, clients)))
 
 
-def _traffic(algorithm, transforms, clients: ClientData) -> tuple[float, float]:
-    """Mean upload and download bits per client, weighted over buckets."""
-    up = down = total = 0.0
+def _traffic(algorithm, transforms, clients: ClientData) -> tuple[float, float, float]:
+    """Mean bits per client, weighted over buckets: uploaded, downloaded, and either of them plain."""
+    up = down = plain_bits = total = 0.0
     for update, num in _update_shapes(algorithm, clients):
         plain = plain_wire(update)
         up += num * transforms.upload(plain, update).total
         down += num * transforms.download(plain, update).total
+        plain_bits += num * plain.total
         total += num
-    return up / total, down / total
+    return up / total, down / total, plain_bits / total
 
 
 def _check(algorithm, transforms, sampler, clients, mesh) -> None:

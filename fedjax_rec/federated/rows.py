@@ -7,6 +7,7 @@ scatter over the flattened tables.
 """
 
 import dataclasses
+import math
 from functools import partial
 from typing import Any
 
@@ -186,3 +187,26 @@ def add_to_total(total: Any, updates: Any) -> Any:
 def to_dense(update: Any) -> Any:
     """One client's update with every `Rows` written out as its whole table: the slow, obvious form, for tests."""
     return add_to_total(zero_total(update), jax.tree.map(lambda x: x[None], update))
+
+
+def whole_size(update: Any) -> int:
+    """How many numbers an update has when each of its `Rows` is written out as its whole table."""
+    leaves = jax.tree.leaves(update, is_leaf=is_rows)
+    return sum(leaf.num_rows * leaf.values.shape[-1] if is_rows(leaf) else math.prod(leaf.shape) for leaf in leaves)
+
+
+def whole_tables(update: Any) -> Any:
+    """The same update of one client with each `Rows` written out as all rows of its table, which hides who is zero.
+
+    Args:
+      update: float32 leaves and `Rows`; repeated ids add up.
+    """
+
+    def whole(leaf):
+        if not is_rows(leaf):
+            return leaf
+        zeros = jnp.zeros((leaf.num_rows, leaf.values.shape[-1]), jnp.float32)
+        values = leaf.values if leaf.whole else add_rows(zeros, leaf.ids, leaf.values)
+        return Rows(jnp.arange(leaf.num_rows, dtype=jnp.int32), values, leaf.num_rows, whole=True)
+
+    return jax.tree.map(whole, update, is_leaf=is_rows)

@@ -64,6 +64,7 @@ class Summation(NamedTuple):
       individual: True if the server sees single uploads; then no central DP.
       host: True if it calls back to the host, which one device can do.
       min_clients: sums of fewer clients are refused, and zeros come out.
+      dropout_prob: chance of each client of the cohort not to be in the sum.
     """
 
     zero: Callable[[Any], Any]
@@ -72,6 +73,7 @@ class Summation(NamedTuple):
     individual: bool = False
     host: bool = False
     min_clients: int = 0
+    dropout_prob: float = 0.0
 
 
 PLAIN_SUM = Summation(

@@ -10,11 +10,10 @@ from collections.abc import Callable
 
 import dp_accounting
 import jax
-import jax.numpy as jnp
 from dp_accounting.dp_event import DpEvent
 
 from fedjax_rec.federated.round import Rounds
-from fedjax_rec.federated.rows import Rows, add_rows, is_rows
+from fedjax_rec.federated.rows import Rows, is_rows, whole_size, whole_tables
 from fedjax_rec.federated.transforms import UpdateTransform, Wire
 from fedjax_rec.privacy.accounting import PrivacySpent
 from fedjax_rec.privacy.events import describe
@@ -109,12 +108,6 @@ def _noise_of_clients(draw: Callable, dp_event: Callable, max_update_bytes: int)
     )
 
 
-def whole_size(update) -> int:
-    """How many numbers an update has when each of its `Rows` is written out as its whole table."""
-    leaves = jax.tree.leaves(update, is_leaf=is_rows)
-    return sum(leaf.num_rows * leaf.values.shape[-1] if is_rows(leaf) else math.prod(leaf.shape) for leaf in leaves)
-
-
 def whole_wire(update, *, max_bytes: int = MAX_UPDATE_BYTES) -> Wire:
     """An update with whole tables, 32 bits a number.
 
@@ -129,23 +122,6 @@ def whole_wire(update, *, max_bytes: int = MAX_UPDATE_BYTES) -> Wire:
             "which sends one row, or raise max_update_bytes and lower chunk_size."
         )
     return Wire(num_bytes / 4)
-
-
-def whole_tables(update):
-    """The same update of one client with each `Rows` written out as all rows of its table, which hides who is zero.
-
-    Args:
-      update: float32 leaves and `Rows`; repeated ids add up.
-    """
-
-    def whole(leaf):
-        if not is_rows(leaf):
-            return leaf
-        zeros = jnp.zeros((leaf.num_rows, leaf.values.shape[-1]), jnp.float32)
-        values = leaf.values if leaf.whole else add_rows(zeros, leaf.ids, leaf.values)
-        return Rows(jnp.arange(leaf.num_rows, dtype=jnp.int32), values, leaf.num_rows, whole=True)
-
-    return jax.tree.map(whole, update, is_leaf=is_rows)
 
 
 def charge_local(

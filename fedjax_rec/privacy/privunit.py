@@ -17,9 +17,9 @@ from jax.scipy.special import ndtri
 from scipy.optimize import minimize_scalar
 from scipy.stats import norm
 
-from fedjax_rec.federated.rows import Rows, is_rows
+from fedjax_rec.federated.rows import Rows, is_rows, whole_size, whole_tables
 from fedjax_rec.federated.transforms import Bound, UpdateTransform
-from fedjax_rec.privacy.local_noise import MAX_UPDATE_BYTES, whole_size, whole_tables, whole_wire
+from fedjax_rec.privacy.local_noise import MAX_UPDATE_BYTES, whole_wire
 from fedjax_rec.privacy.noise import standard_normal
 
 _COIN = 2**32

@@ -99,14 +99,16 @@ def traffic_table(result: Mapping[str, Any]) -> Table:
 
     Args:
       result: the content of result.json; `cost` holds any of `uplink_bytes_per_client_round`,
-        `downlink_bytes_per_client_round`, `uplink_bytes_total`, `downlink_bytes_total` (bytes).
+        `downlink_bytes_per_client_round`, `plain_bytes_per_client_round`, and the same with `_total` (bytes).
     """
     cost = mapping(result.get("cost"))
     rows = [
         ("uplink, one client in one round", format_bytes(cost.get("uplink_bytes_per_client_round"))),
         ("downlink, one client in one round", format_bytes(cost.get("downlink_bytes_per_client_round"))),
+        ("either, as plain float32", format_bytes(cost.get("plain_bytes_per_client_round"))),
         ("uplink, whole run", format_bytes(cost.get("uplink_bytes_total"))),
         ("downlink, whole run", format_bytes(cost.get("downlink_bytes_total"))),
+        ("either, whole run, as plain float32", format_bytes(cost.get("plain_bytes_total"))),
     ]
     return Table(columns=("bytes", "amount"), rows=[row for row in rows if row[1] != MISSING])
 

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import math
 import types
 import typing
 from pathlib import Path
@@ -83,9 +82,19 @@ class ServerConfig:
 class PrivacyConfig:
     """User-level differential privacy; in force with --epsilon or --privacy.noise-multiplier."""
 
-    mechanism: Literal["gaussian", "laplace", "discrete_gaussian", "skellam", "banded", "tree"] = "gaussian"
+    mechanism: Literal[
+        "gaussian",
+        "laplace",
+        "discrete_gaussian",
+        "skellam",
+        "banded",
+        "tree",
+        "skellam_shares",
+        "discrete_gaussian_shares",
+    ] = "gaussian"
     """Noise on each round's sum. banded and tree correlate it over rounds (DP-FTRL) and need --sampler in_turn;
-    discrete_gaussian and skellam round updates to integers and have no bound on sampled cohorts."""
+    discrete_gaussian and skellam round updates to integers and have no bound on sampled cohorts. With _shares, clients
+    add the noise, so that a server behind --upload.sum simulated, crypto or encrypted only sees a noised sum."""
     clip: Literal["joint", "per_table", "adaptive"] = "joint"
     """Bound an update as a whole, each table by itself, or as a whole at a norm that follows a quantile of the update
     norms, which is released and charged with the update."""
@@ -99,6 +108,52 @@ class PrivacyConfig:
     """Noise standard deviation over the clip norm; None solves for it from --epsilon and the number of rounds."""
     popularity_noise_multiplier: float = 20.0
     """Noise of the popularity histogram, if negatives are drawn by popularity."""
+    colluding_share: float = 0.1
+    """Share of clients that may tell the server their noise, for the second epsilon of a mechanism with _shares."""
+
+    @property
+    def in_shares(self) -> bool:
+        """Whether clients add the noise."""
+        return self.mechanism.endswith("_shares")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class UploadConfig:
+    """What clients send, and who sees it."""
+
+    sum: Literal["float", "ring", "simulated", "crypto", "encrypted"] = "float"
+    """How uploads are added: as they are; as integers modulo 2^32; the same in a simulated secure sum (fast, not
+    secret), by secure aggregation with real keys (extra [crypto]), or under homomorphic encryption (extra [he]). All
+    but float train the same model, bit for bit."""
+    bits: int | None = None
+    """Bits of one client's number in the sum, 12 to 22; 16 by default, 18 with noise in shares."""
+    largest: float | None = None
+    """Largest magnitude of a number, larger ones are cut; the clip norm by default, and 1 without privacy."""
+    rounding: Literal["stochastic", "nearest"] = "stochastic"
+    """Rounding to those bits; nearest is biased."""
+    rotation: bool = False
+    """Turn updates by a random Hadamard rotation first, so that few bits describe them well."""
+    min_clients: int | None = None
+    """Fewer survivors than these get no sum; half the cohort by default, all but --upload.planned-dropout of it with
+    noise in shares."""
+    dropout_prob: float = 0.0
+    """Chance of each client to drop out of a secure sum before it sends."""
+    planned_dropout: float = 0.1
+    """Share of the cohort that may drop out before noise in shares is too little, and the round gives nothing."""
+    degree: int | None = None
+    """Neighbours that a client of a secure sum shares masks with; by default as the cohort's size needs."""
+    compression: Literal["none", "quantize", "drive", "top_k", "rand_k", "count_sketch", "low_rank", "item_subset"] = (
+        "none"
+    )
+    """What makes uploads smaller. rand_k, count_sketch, low_rank and item_subset also go with a secure sum."""
+    quantize_bits: int = 4
+    """Bits of a number, for compression quantize."""
+    share: float = 0.1
+    """Share that is sent of the numbers (top_k), the rows (rand_k, item_subset) or as buckets (count_sketch)."""
+    rank: int = 4
+    """Rank of item updates, for compression low_rank."""
+    download: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Precision of what clients receive."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -162,6 +217,7 @@ class TrainConfig:
     client: ClientConfig = ClientConfig()
     server: ServerConfig = ServerConfig()
     privacy: PrivacyConfig = PrivacyConfig()
+    upload: UploadConfig = UploadConfig()
 
     @property
     def private(self) -> bool:
@@ -171,87 +227,6 @@ class TrainConfig:
 
 # What may differ between a run and its continuation.
 FREE_FIELDS = ("out", "resume", "data_dir")
-
-
-def check(config: TrainConfig) -> None:
-    """Refuses what could only fail later.
-
-    Raises:
-      ValueError: a sentence naming the flag, its value and the way out.
-    """
-    positive = {
-        "--rounds": config.rounds,
-        "--eval-every": config.eval_every,
-        "--devices": config.devices,
-        "--model.dim": config.model.dim,
-        "--client.local-epochs": config.client.local_epochs,
-        "--server.lr": config.server.lr,
-        "--privacy.l2-clip-norm": config.privacy.l2_clip_norm,
-        "--epsilon": config.epsilon,
-        "--delta": config.delta,
-        "--cohort-size": config.cohort_size,
-        "--client.batch-size": config.client.batch_size,
-        "--client.max-examples": config.client.max_examples,
-        "--privacy.noise-multiplier": config.privacy.noise_multiplier,
-        "--privacy.popularity-noise-multiplier": config.privacy.popularity_noise_multiplier,
-        "--privacy.schedule-ratio": config.privacy.schedule_ratio,
-        "--num-groups": config.num_groups,
-    }
-    for flag, value in positive.items():
-        if value is not None and not (value > 0 and math.isfinite(value)):
-            raise ValueError(f"{flag} must be a positive number; got {value}.")
-    not_negative = {
-        "--client.lr": config.client.lr,
-        "--client.private-lr": config.client.private_lr,
-        "--client.num-negatives": config.client.num_negatives,
-        "--model.l2": config.model.l2,
-        "--model.init-stddev": config.model.init_stddev,
-        "--server.momentum": config.server.momentum,
-    }
-    for flag, value in not_negative.items():
-        if not (value >= 0 and math.isfinite(value)):
-            raise ValueError(f"{flag} must be a number that is not negative; got {value}.")
-    if config.delta is not None and config.delta >= 1:
-        raise ValueError(f"--delta must be below 1; got {config.delta}.")
-    if not config.private and (config.delta is not None or config.privacy != PrivacyConfig()):
-        raise ValueError(
-            "--delta and --privacy.* do nothing without a budget; add --epsilon (or --privacy.noise-multiplier) to "
-            "train with privacy, or leave them out."
-        )
-    if config.data.use_ratings and config.model.loss != "squared":
-        raise ValueError("--data.use-ratings trains on ratings; add --model.loss squared.")
-    if config.model.loss == "bpr" and not config.client.num_negatives:
-        raise ValueError("--model.loss bpr compares with negatives; set --client.num-negatives to 1 or more.")
-    if config.private and config.client.weigh_by_examples and config.client.max_examples is None:
-        raise ValueError("Weights by number of examples have no public bound; set --client.max-examples, or leave it.")
-    if config.private and config.data.k_core:
-        raise ValueError(
-            "--data.k-core chooses users and items by looking at everyone's data, which no epsilon covers; "
-            "filter beforehand and declare the result public, or leave it out."
-        )
-    _check_mechanism(config)
-
-
-def _check_mechanism(config: TrainConfig) -> None:
-    settings = config.privacy
-    if (config.sampler == "in_turn") != (config.num_groups is not None):
-        raise ValueError("--sampler in_turn and --num-groups go together: give both, or neither.")
-    if not 0 <= settings.target_quantile <= 1:
-        raise ValueError(f"--privacy.target-quantile must be between 0 and 1; got {settings.target_quantile}.")
-    if settings.mechanism in ("banded", "tree") and config.sampler != "in_turn":
-        raise ValueError(
-            f"--privacy.mechanism {settings.mechanism} correlates the noise of nearby rounds: private only for "
-            "clients that take part in one of them. Add --sampler in_turn --num-groups 8."
-        )
-    if settings.mechanism in ("discrete_gaussian", "skellam") and config.sampler == "poisson" and config.cohort_size:
-        raise ValueError(
-            f"--privacy.mechanism {settings.mechanism} has no bound that gains from sampling; leave out --cohort-size, "
-            "or use --privacy.mechanism gaussian."
-        )
-    if settings.mechanism != "gaussian" and settings.schedule_ratio != 1.0:
-        raise ValueError("--privacy.schedule-ratio is for --privacy.mechanism gaussian; leave one of them out.")
-    if settings.mechanism == "laplace" and settings.clip != "joint":
-        raise ValueError("--privacy.mechanism laplace clips L1 norms, and only jointly; leave out --privacy.clip.")
 
 
 def to_dict(config: Any) -> dict[str, Any]:

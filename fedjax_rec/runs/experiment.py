@@ -23,7 +23,8 @@ from fedjax_rec.models.matrix_factorization import matrix_factorization
 from fedjax_rec.models.popularity import DpPopularity, dp_popularity
 from fedjax_rec.privacy.accounting import delta_warning
 from fedjax_rec.runs.config import TrainConfig
-from fedjax_rec.runs.privacy_plan import PrivacyPlan, plan_privacy
+from fedjax_rec.runs.privacy_plan import PrivacyPlan, plan_privacy, with_colluders
+from fedjax_rec.runs.uploads import compression, in_fixed_point, way_to_sum
 
 KS = (5, 10, 20)
 METRIC = "ndcg@10"
@@ -156,7 +157,9 @@ def make_sampler(config: TrainConfig, num_clients: int) -> Sampler:
     if config.sampler == "in_turn":
         return _groups_in_turn(config, num_clients)
     if config.cohort_size is None or (config.cohort_size == num_clients and config.sampler == "poisson"):
-        return full_participation(num_clients)
+        replaced = config.privacy.in_shares or (config.private and config.upload.dropout_prob > 0)
+        relation = "replace_one" if replaced else "add_or_remove_one"
+        return full_participation(num_clients, relation=relation)
     make = poisson if config.sampler == "poisson" else fixed_size
     return make(num_clients, cohort_size=config.cohort_size)
 
@@ -183,7 +186,8 @@ def make_keys(config: TrainConfig) -> RoundKeys:
         words = np.frombuffer(os.urandom(8), np.uint32)
         return jax.random.wrap_key_data(jax.numpy.asarray(words), impl="threefry2x32")
 
-    return RoundKeys(cohort=secret(), client=keys.client, noise=secret())
+    client = secret() if config.privacy.in_shares else keys.client  # clients draw their shares of the noise from it
+    return RoundKeys(cohort=secret(), client=client, noise=secret())
 
 
 def make_server_optimizer(config: TrainConfig) -> optax.GradientTransformation:
@@ -202,7 +206,7 @@ def prepare(config: TrainConfig, *, data: Data | None = None, keys: RoundKeys | 
     """Everything that a run needs; compiles nothing yet.
 
     Args:
-      config: checked by `config.check`.
+      config: checked by `config_checks.check`.
       data: from `prepare_data`, to share between runs.
       keys: of the run to continue, from `training.saved_keys`; needed where they are secret.
     """
@@ -233,12 +237,15 @@ def prepare(config: TrainConfig, *, data: Data | None = None, keys: RoundKeys | 
         max_examples=client.max_examples,
         mean_examples=mean_interactions(data.clients),
     )
-    transforms, plan, warnings = chain(), None, list(data.notes)
+    plan, warnings = None, list(data.notes)
+    smaller = compression(config.upload, num_items=train.num_items)
     if config.private:
-        size = largest_update(algorithm, data.clients)
-        plan = plan_privacy(config, sampler, num_clients=num_clients, update_size=size)
+        size = largest_update(algorithm, data.clients, smaller, whole=config.upload.rotation)
+        plan = plan_privacy(config, sampler, num_clients=num_clients, update_size=size, num_items=train.num_items)
         transforms = plan.transforms
-        warnings += plan_warnings(config, plan, num_clients)
+        warnings += plan_warnings(config, plan, sampler, num_clients)
+    else:
+        transforms = chain(smaller, in_fixed_point(config, sampler, num_numbers=None), way_to_sum(config, sampler))
     mesh = None
     if config.devices > 1:
         mesh = jax.make_mesh((config.devices,), ("clients",))
@@ -258,7 +265,7 @@ def prepare(config: TrainConfig, *, data: Data | None = None, keys: RoundKeys | 
     )
 
 
-def plan_warnings(config: TrainConfig, plan: PrivacyPlan, num_clients: int) -> list[str]:
+def plan_warnings(config: TrainConfig, plan: PrivacyPlan, sampler: Sampler, num_clients: int) -> list[str]:
     """What the user should know about a plan before it runs."""
     warning = delta_warning(plan.delta, num_clients)
     warnings = [warning] if warning else []
@@ -266,6 +273,13 @@ def plan_warnings(config: TrainConfig, plan: PrivacyPlan, num_clients: int) -> l
         warnings.append(
             f"The budget epsilon = {config.epsilon:g} allows {plan.num_rounds} of {config.rounds} rounds at noise "
             f"multiplier {plan.noise_multiplier:g}; the run stops there."
+        )
+    if config.privacy.in_shares:
+        colluding, epsilon = with_colluders(config, plan, sampler)
+        warnings.append(
+            f"If {colluding} clients tell the server their shares of the noise, the honest ones' noise gives everybody "
+            f"else user-level epsilon {epsilon:.3g} (delta {plan.delta:g}, {sampler.relation.replace('_', ' ')}, "
+            f"{sampler.name} clients take part)."
         )
     return warnings
 

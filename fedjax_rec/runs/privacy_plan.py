@@ -24,6 +24,8 @@ from fedjax_rec.privacy.noise import MOST_INTEGER_STDDEV
 from fedjax_rec.privacy.schedule import geometric, scheduled_gaussian
 from fedjax_rec.privacy.strategies import banded_toeplitz, tree
 from fedjax_rec.runs.config import PrivacyConfig, TrainConfig
+from fedjax_rec.runs.uploads import compressed, compression, in_fixed_point, least_clients, way_to_sum
+from fedjax_rec.security.distributed import discrete_gaussian_shares, skellam_shares, without_colluders
 
 # Steps of the grid up to the clip norm, for each square root of the numbers in an update: with ten of them, rounding
 # raises the sensitivity by an eighth of a percent.
@@ -61,22 +63,36 @@ def default_delta(num_users: int) -> float:
     return min(float(f"{num_users**-1.1:.1e}"), 0.1)
 
 
-def private_chain(config: TrainConfig, noise_multiplier: float, *, sampler: Sampler, update_size: int):
-    """The chain that ``config.privacy`` asks for: a clip, and the noise of ``noise_multiplier`` times its bound.
+def private_chain(
+    config: TrainConfig, noise_multiplier: float, *, sampler: Sampler, update_size: int, num_items: int = 0
+):
+    """The chain that ``config`` asks for, but for its sum: a clip, what makes uploads smaller, and the noise.
+
+    The noise is ``noise_multiplier`` times the bound of what it is added to.
 
     Args:
       config: of the run.
       noise_multiplier: standard deviation (Laplace: scale) over the bound; of the last round of a schedule.
       sampler: of the cohorts.
-      update_size: numbers in the largest client's update.
+      update_size: numbers in the largest client's update, as it is sent.
+      num_items: catalogue size, for compression that depends on it.
 
     Returns:
       `UpdateTransform`.
     """
-    clip = _clip(config.privacy, noise_multiplier, sampler)
+    clip = compressed(_clip(config.privacy, noise_multiplier, sampler), compression(config.upload, num_items=num_items))
+    if config.upload.sum != "float":
+        shares = noise_multiplier if config.privacy.in_shares else 0.0
+        norm = clip.sensitivity(UNBOUNDED).l2
+        clip = chain(clip, in_fixed_point(config, sampler, num_numbers=update_size, l2_norm=norm, shares_noise=shares))
     bound = clip.sensitivity(UNBOUNDED)
     stddev = noise_multiplier * bound.l2
     match config.privacy.mechanism:
+        case "skellam_shares":
+            return chain(clip, skellam_shares(stddev, min_clients=least_clients(config, sampler)))
+        case "discrete_gaussian_shares":
+            least = least_clients(config, sampler)
+            return chain(clip, discrete_gaussian_shares(stddev, min_clients=least, num_numbers=update_size))
         case "gaussian" if config.privacy.schedule_ratio != 1.0:
             multipliers = geometric(config.rounds, config.privacy.schedule_ratio, num_groups=sampler.num_groups)
             return chain(clip, scheduled_gaussian(stddev * multipliers))
@@ -85,8 +101,8 @@ def private_chain(config: TrainConfig, noise_multiplier: float, *, sampler: Samp
         case "laplace":
             return chain(clip, laplace_noise(noise_multiplier * bound.l1))
         case "discrete_gaussian" | "skellam" as name:
-            grid = _grid(bound.l2, noise_multiplier, sampler, update_size)
             noise = discrete_gaussian_noise if name == "discrete_gaussian" else skellam_noise
+            grid = _grid(bound.l2, noise_multiplier, sampler, update_size)
             return chain(clip, grid, noise(noise_multiplier * grid.sensitivity(bound).l2))
         case "banded":
             strategy = banded_toeplitz(config.rounds, sampler.num_groups)
@@ -109,8 +125,10 @@ def _grid(l2_norm: float, noise_multiplier: float, sampler: Sampler, update_size
     return round_to_grid(l2_norm / steps, num_numbers=update_size, max_clients=max_clients)
 
 
-def _most_noise(config: TrainConfig, update_size: int) -> float:
+def _most_noise(config: TrainConfig, update_size: int, sampler: Sampler) -> float:
     """The largest noise multiplier that a search for it may ask for."""
+    if config.privacy.in_shares:  # by then, rounding makes nearly all of the bound
+        return 0.5 * MOST_INTEGER_STDDEV * math.sqrt(least_clients(config, sampler) / update_size)
     if config.privacy.mechanism not in ("discrete_gaussian", "skellam"):
         return math.inf
     return 0.94 * MOST_INTEGER_STDDEV / ((_LEAST_STEPS_PER_ROOT + 1) * math.sqrt(update_size))
@@ -133,14 +151,17 @@ def _clip(settings: PrivacyConfig, noise_multiplier: float, sampler: Sampler) ->
     return clip_by_global_norm(norm)
 
 
-def plan_privacy(config: TrainConfig, sampler: Sampler, *, num_clients: int, update_size: int) -> PrivacyPlan:
+def plan_privacy(
+    config: TrainConfig, sampler: Sampler, *, num_clients: int, update_size: int, num_items: int = 0
+) -> PrivacyPlan:
     """Solves for the noise that meets the budget, or counts the rounds that given noise affords.
 
     Args:
       config: private.
       sampler: of the cohorts.
       num_clients: clients in the population.
-      update_size: numbers in the largest client's update.
+      update_size: numbers in the largest client's update, as it is sent.
+      num_items: catalogue size.
 
     Raises:
       ValueError: if the mechanism and the sampler have no bound together, or no noise meets the budget.
@@ -148,7 +169,8 @@ def plan_privacy(config: TrainConfig, sampler: Sampler, *, num_clients: int, upd
     """
     settings = config.privacy
     delta = default_delta(num_clients) if config.delta is None else config.delta
-    ledger = Ledger(unit="user", relation=sampler.relation)
+    trust_model = "secure_sum" if settings.in_shares else "central"
+    ledger = Ledger(unit="user", relation=sampler.relation, trust_model=trust_model)
     if config.client.negative_distribution == "popularity":
         ledger = ledger.record(
             dp_accounting.GaussianDpEvent(settings.popularity_noise_multiplier),
@@ -156,8 +178,8 @@ def plan_privacy(config: TrainConfig, sampler: Sampler, *, num_clients: int, upd
             released="noised item counts, for drawing negatives",
         )
     budget = None if config.epsilon is None else Budget(config.epsilon, delta)
-    make_chain = partial(private_chain, config, sampler=sampler, update_size=update_size)
-    most_noise = _most_noise(config, update_size)
+    make_chain = partial(private_chain, config, sampler=sampler, update_size=update_size, num_items=num_items)
+    most_noise = _most_noise(config, update_size, sampler)
     check_pair(make_chain(min(1.0, most_noise)), sampler)
     noise, num_rounds = settings.noise_multiplier, config.rounds
     if noise is None:
@@ -169,7 +191,8 @@ def plan_privacy(config: TrainConfig, sampler: Sampler, *, num_clients: int, upd
         ).noise_multiplier
     elif budget is not None:
         num_rounds = _affordable(ledger, make_chain(noise), sampler, budget, limit=config.rounds)
-    return PrivacyPlan(make_chain(noise), noise, settings.l2_clip_norm, delta, budget, ledger, num_rounds)
+    transforms = chain(make_chain(noise), way_to_sum(config, sampler))
+    return PrivacyPlan(transforms, noise, settings.l2_clip_norm, delta, budget, ledger, num_rounds)
 
 
 def run_event(ledger: Ledger, transforms: UpdateTransform, sampler: Sampler, num_rounds: int) -> DpEvent:
@@ -202,3 +225,15 @@ def _largest(fits: Callable[[int], bool], limit: int) -> int:
         middle = (low + high) // 2
         low, high = (middle, high) if fits(middle) else (low, middle)
     return low
+
+
+def with_colluders(config: TrainConfig, plan: PrivacyPlan, sampler: Sampler) -> tuple[int, float]:
+    """For noise in shares: how many clients may collude, and the run's epsilon for whoever knows their shares."""
+    least = least_clients(config, sampler)
+    colluding = math.floor(config.privacy.colluding_share * least)
+    event = without_colluders(plan.transforms.dp_event(UNBOUNDED, 0), colluding=colluding, min_clients=least)
+    composed = dp_accounting.ComposedDpEvent(
+        [plan.ledger.event, dp_accounting.SelfComposedDpEvent(event, plan.num_rounds)]
+    )
+    spent = accounting.privacy_spent(composed, delta=plan.delta, relation=plan.ledger.relation, unit=plan.ledger.unit)
+    return colluding, spent.epsilon

@@ -155,8 +155,10 @@ def cost(experiment: Experiment, outcome: Outcome) -> dict[str, float | None]:
     values = {
         "uplink_bytes_per_client_round": rounds.upload_bits / 8,
         "downlink_bytes_per_client_round": rounds.download_bits / 8,
+        "plain_bytes_per_client_round": rounds.plain_bits / 8,
         "uplink_bytes_total": rounds.upload_bits / 8 * clients,
         "downlink_bytes_total": rounds.download_bits / 8 * clients,
+        "plain_bytes_total": rounds.plain_bits / 8 * clients,
         "clients_per_s": outcome.mean_cohort_size / outcome.round_s,
         "rounds_per_s": 1 / outcome.round_s,
         "padding_waste": experiment.clients.padding_waste,

@@ -13,9 +13,8 @@ import dp_accounting
 import jax
 from dp_accounting.dp_event import DpEvent
 
-from fedjax_rec.federated.rows import is_rows
+from fedjax_rec.federated.rows import is_rows, whole_tables
 from fedjax_rec.federated.transforms import Bound, UpdateTransform
-from fedjax_rec.privacy.local_noise import whole_tables
 from fedjax_rec.privacy.noise import check_integer_stddev, discrete_gaussian, skellam
 from fedjax_rec.privacy.skellam import SkellamDpEvent
 from fedjax_rec.security.ring import with_values

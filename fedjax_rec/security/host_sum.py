@@ -83,7 +83,7 @@ def host_sum(session: SumSession, *, min_clients: int, dropout_prob: float = 0.0
     return UpdateTransform(
         prepare=prepare,
         client=lambda update, prepared, key: (to_words(update), {}),
-        summation=Summation(zero=zero, add=add, end=end, host=True, min_clients=min_clients),
+        summation=Summation(zero, add, end, host=True, min_clients=min_clients, dropout_prob=dropout_prob),
         server=words_server,
     )
 

@@ -146,7 +146,7 @@ def simulated_secure_sum(
     return UpdateTransform(
         prepare=prepare,
         client=lambda update, plan, key: (to_words(update), {}),
-        summation=Summation(zero=zero_total, add=add, end=end, min_clients=min_clients),
+        summation=Summation(zero_total, add, end, min_clients=max(min_clients, threshold), dropout_prob=dropout_prob),
         server=words_server,
     )
 
