@@ -28,6 +28,7 @@ from fedjax_rec.algorithms.gpfedrec import gpfedrec, private_tower
 from fedjax_rec.algorithms.item_counts import item_counts, item_counts_score
 from fedjax_rec.algorithms.local_only import local_only, local_score
 from fedjax_rec.algorithms.pfedrec import personal_scorer, pfedrec
+from fedjax_rec.algorithms.prediction_exchange import prediction_exchange
 from fedjax_rec.algorithms.scaffold import scaffold
 from fedjax_rec.algorithms.silo_dpsgd import silo_dpsgd
 
@@ -47,7 +48,7 @@ from fedjax_rec.federated.lazy_rounds import lazy_rounds
 from fedjax_rec.federated.round import RoundKeys, Rounds, make_rounds
 from fedjax_rec.federated.rows import Rows
 from fedjax_rec.federated.sparse_server import sparse_sgd
-from fedjax_rec.federated.transforms import UNBOUNDED, Bound, UpdateTransform, chain
+from fedjax_rec.federated.transforms import UNBOUNDED, Bound, Summation, UpdateTransform, Wire, chain
 
 # isort: split
 # Privacy: clips and noises, links of the chain.
@@ -76,6 +77,24 @@ from fedjax_rec.privacy.audit import audit_rounds
 from fedjax_rec.privacy.budget import Phase, Plan, solve
 from fedjax_rec.privacy.renyi_filter import RenyiFilter
 from fedjax_rec.privacy.selection import select_privately
+
+# isort: split
+# Sums that hide uploads, bytes on the wire, and servers that look at each upload.
+from fedjax_rec.compression.drive import drive
+from fedjax_rec.compression.half import half_precision_download, half_precision_upload
+from fedjax_rec.compression.item_subset import item_subset
+from fedjax_rec.compression.low_rank import low_rank
+from fedjax_rec.compression.quantize import quantize
+from fedjax_rec.compression.rand_k import rand_k
+from fedjax_rec.compression.sketch import count_sketch
+from fedjax_rec.compression.top_k import top_k
+from fedjax_rec.security.crypto_sum import crypto_secure_sum
+from fedjax_rec.security.distributed import discrete_gaussian_shares, skellam_shares, without_colluders
+from fedjax_rec.security.encrypted import encrypted_sum
+from fedjax_rec.security.fltrust import fltrust
+from fedjax_rec.security.ring import fixed_point, ring_sum
+from fedjax_rec.security.robust import clip_by_row_norm, krum, median, multi_krum, trimmed_mean
+from fedjax_rec.security.simulated import simulated_secure_sum
 
 # isort: split
 # Evaluation.

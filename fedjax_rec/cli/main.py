@@ -1,4 +1,4 @@
-"""The command line: `fedjax-rec train | evaluate | epsilon | budget | data | audit`."""
+"""The command line: `fedjax-rec train | evaluate | epsilon | budget | data | audit | secagg`."""
 
 import errno
 import logging
@@ -16,6 +16,7 @@ from fedjax_rec.cli.budget import BudgetConfig
 from fedjax_rec.cli.data import DataConfig
 from fedjax_rec.cli.epsilon import EpsilonConfig
 from fedjax_rec.cli.evaluate import EvaluateConfig
+from fedjax_rec.cli.secagg import SecAggDemoConfig
 from fedjax_rec.runs.config import TrainConfig
 
 DESCRIPTION = """Federated recommenders with honest differential privacy, at accelerator speed.
@@ -78,6 +79,7 @@ def _parse(args: list[str]):
         | Annotated[BudgetConfig, tyro.conf.subcommand("budget")]
         | Annotated[DataConfig, tyro.conf.subcommand("data")]
         | Annotated[AuditConfig, tyro.conf.subcommand("audit")]
+        | Annotated[SecAggDemoConfig, tyro.conf.subcommand("secagg")]
     )
     return tyro.cli(
         verbs, args=args, prog="fedjax-rec", description=DESCRIPTION, config=(tyro.conf.OmitSubcommandPrefixes,)
@@ -118,6 +120,8 @@ def _run(config) -> int:
         from fedjax_rec.cli.budget import run
     elif isinstance(config, DataConfig):
         from fedjax_rec.cli.data import run
+    elif isinstance(config, SecAggDemoConfig):
+        from fedjax_rec.cli.secagg import run
     else:
         _set_up_jax(config)
         if isinstance(config, EvaluateConfig):

@@ -102,14 +102,16 @@ def way_to_sum(config: TrainConfig, sampler: Sampler) -> UpdateTransform:
     """The last link: how integers are added up; ``chain()`` where uploads are floats."""
     settings, least = config.upload, least_clients(config, sampler)
     dropout = {"min_clients": least, "dropout_prob": settings.dropout_prob}
+    expected = max(2, round(sampler.expected_size))
     match settings.sum:
         case "ring":
             return ring_sum()
         case "simulated":
-            expected = max(2, round(sampler.expected_size))
             return simulated_secure_sum(degree=settings.degree, num_clients=expected, **dropout)
         case "crypto":
-            return crypto_secure_sum(session=f"seed {config.seed}", degree=settings.degree, **dropout)
+            return crypto_secure_sum(
+                session=f"seed {config.seed}", degree=settings.degree, num_clients=expected, **dropout
+            )
         case "encrypted":
             return encrypted_sum(bits=bits(config), max_clients=most_clients(sampler), **dropout)
     return chain()

@@ -6,7 +6,9 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from fedjax_rec.federated.transforms import UpdateTransform
+from fedjax_rec.security.graph import graph_parameters
 from fedjax_rec.security.host_sum import NoSum, host_sum
+from fedjax_rec.security.simulated import protocol_traffic
 
 
 def crypto_secure_sum(
@@ -16,6 +18,7 @@ def crypto_secure_sum(
     degree: int | None = None,
     threshold: int | None = None,
     dropout_prob: float = 0.0,
+    num_clients: int | None = None,
     entropy: Callable[[int], bytes] = os.urandom,
 ) -> UpdateTransform:
     """Sums the integers of an earlier `fixed_point` by the protocol of `fedjax_rec.security.secagg`, round by round.
@@ -29,6 +32,7 @@ def crypto_secure_sum(
       degree: neighbours per client; None follows the cohort's size.
       threshold: holders of shares who can rebuild a secret.
       dropout_prob: chance of each client to drop out after keys are shared and before it sends.
+      num_clients: clients in a cohort, for counting bytes.
       entropy: gives so many unpredictable bytes.
 
     Raises:
@@ -66,4 +70,7 @@ def crypto_secure_sum(
             except ProtocolError as error:
                 raise NoSum from error
 
-    return host_sum(Session(), min_clients=min_clients, dropout_prob=dropout_prob)
+    if degree is None and num_clients is not None:
+        degree = graph_parameters(num_clients).degree
+    traffic = {} if degree is None else protocol_traffic(degree, num_clients or degree + 1)
+    return host_sum(Session(), min_clients=min_clients, dropout_prob=dropout_prob)._replace(**traffic)

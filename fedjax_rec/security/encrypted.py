@@ -17,7 +17,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from fedjax_rec.federated.transforms import UpdateTransform
+from fedjax_rec.federated.transforms import UpdateTransform, Wire
 from fedjax_rec.security.host_sum import NoSum, host_sum
 
 SLOTS = 4096
@@ -152,7 +152,12 @@ def encrypted_sum(*, bits: int, max_clients: int, min_clients: int = 2, dropout_
         def finish(self) -> np.ndarray:
             return holder.decrypt(self.server.take())
 
-    return host_sum(Session(), min_clients=min_clients, dropout_prob=dropout_prob)
+    block_bits = 8 * len(client.encrypt(np.zeros(SLOTS, np.uint32))[0])
+
+    def upload(wire, update):
+        return Wire(-(-wire.numbers // SLOTS), bits=block_bits)
+
+    return host_sum(Session(), min_clients=min_clients, dropout_prob=dropout_prob)._replace(upload=upload)
 
 
 def _tenseal():

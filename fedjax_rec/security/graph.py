@@ -98,6 +98,16 @@ def _log2_disconnected(num_clients: int, removed: int, degree: int) -> float:
     return pairs + sum(math.log2((removed - i) / (num_clients - i)) for i in range(degree))
 
 
+def protocol_bytes(degree: int, num_clients: int) -> tuple[int, int]:
+    """Bytes that one client sends and receives in a secure sum beside its vector, when nobody drops out.
+
+    Keys, sealed shares, confirmations and revealed shares, as `fedjax_rec.security.secagg` encodes them: so much for
+    the client, so much for each neighbour, and four bytes for each other client in the list of survivors.
+    """
+    others = max(num_clients - 1 - degree, 0)
+    return 326 + 143 * degree, 152 + 178 * degree + 4 * others
+
+
 def neighbor_offsets(num_clients: int, degree: int) -> np.ndarray:
     """Steps round the circle from a client to its neighbours, int32 ``[degree]``: 1, -1, 2, -2, ...
 

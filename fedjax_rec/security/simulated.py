@@ -8,6 +8,7 @@ holds, and masks from a mixing function, so this hides nothing from anybody: it 
 costs at the speed of a simulation. `crypto_secure_sum` runs the protocol with real keys and gives the same bits.
 """
 
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -16,7 +17,7 @@ import jax.numpy as jnp
 from fedjax_rec.federated.fast_bits import mix, seed_words
 from fedjax_rec.federated.rows import add_to_total, zero_total
 from fedjax_rec.federated.transforms import Summation, UpdateTransform, select_update
-from fedjax_rec.security.graph import graph_parameters
+from fedjax_rec.security.graph import graph_parameters, protocol_bytes
 from fedjax_rec.security.ring import to_words, words_server
 
 _MASKS_AT_ONCE = 8  # in one pass over the sum
@@ -106,6 +107,51 @@ def remove_masks(total: Any, plan: MaskPlan, degree: int, threshold: int, min_cl
     return jax.tree.map(lambda x: jnp.where(enough, x, 0), total), enough
 
 
+def simulated_sum(
+    vectors: jax.Array,
+    survives: jax.Array,
+    *,
+    key: jax.Array,
+    degree: int,
+    threshold: int,
+    min_clients: int = 2,
+    in_cohort: jax.Array | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    """One secure sum by itself, outside a round, in one compiled program for each shape and degree. Not secret.
+
+    Args:
+      vectors: uint32 ``[clients, words]``.
+      survives: bool ``[clients]``, who sends.
+      key: of the graph and of the masks.
+      degree: neighbours per client; a cohort that is no larger takes its complete graph.
+      threshold: holders of shares, a client and its neighbours, who can rebuild a secret.
+      min_clients: fewer survivors get no sum; at least 2.
+      in_cohort: bool ``[clients]``, who agrees on masks; None for all.
+
+    Returns:
+      uint32 ``[words]``, the sum of the survivors' vectors modulo 2^32, and True; or zeros, and False, if too few of
+      them are left.
+
+    Raises:
+      ValueError: for numbers out of range.
+    """
+    check_dropout(min_clients, 0.0)
+    resolve_graph(degree, threshold, None)
+    in_cohort = jnp.ones(len(vectors), bool) if in_cohort is None else in_cohort
+    return _simulated_sum(vectors, in_cohort & survives, in_cohort, key, threshold, min_clients, degree)
+
+
+@partial(jax.jit, static_argnums=6)
+def _simulated_sum(vectors, survives, in_cohort, key, threshold, min_clients, degree):
+    plan = plan_masks(in_cohort, survives, key)
+
+    def upload(client, total):
+        return add_masked(total, vectors[client][None], client[None], jnp.ones(1, bool), plan, degree)
+
+    total = jax.lax.fori_loop(0, len(vectors), upload, jnp.zeros(vectors.shape[1:], jnp.uint32))
+    return remove_masks(total, plan, degree, threshold, min_clients)
+
+
 def simulated_secure_sum(
     *,
     min_clients: int = 2,
@@ -124,7 +170,7 @@ def simulated_secure_sum(
       degree: neighbours per client; by default as `graph_parameters` has it for ``num_clients``.
       threshold: holders of shares, a client and its neighbours, who can rebuild a secret.
       dropout_prob: chance of each client to drop out after the masks are agreed on and before it sends.
-      num_clients: clients in a cohort, for the defaults of degree and threshold.
+      num_clients: clients in a cohort, for the defaults of degree and threshold, and for counting bytes.
 
     Raises:
       ValueError: for numbers out of range.
@@ -148,7 +194,17 @@ def simulated_secure_sum(
         client=lambda update, plan, key: (to_words(update), {}),
         summation=Summation(zero_total, add, end, min_clients=max(min_clients, threshold), dropout_prob=dropout_prob),
         server=words_server,
+        **protocol_traffic(degree, num_clients or degree + 1),
     )
+
+
+def protocol_traffic(degree: int, num_clients: int) -> dict[str, Any]:
+    """``upload`` and ``download`` of a link that sums securely: the words, and what the protocol takes beside them."""
+    sent, received = protocol_bytes(degree, num_clients)
+    return {
+        "upload": lambda wire, update: wire._replace(side_bits=wire.side_bits + 8 * sent),
+        "download": lambda wire, update: wire._replace(side_bits=wire.side_bits + 8 * received),
+    }
 
 
 def sum_metrics(num_survivors: jax.Array, enough: jax.Array) -> dict[str, jax.Array]:
