@@ -64,9 +64,8 @@ def test_a_sparse_neighbourhood_may_lose_all_but_t_holders_and_not_one_more():
     table, graph = vectors(12, 2), graph_of(config, range(12))
     first, second, third, _ = sorted(graph[5])
     silent = {first: "upload", second: "upload"}
-    if all(len(({c} | graph[c]) - silent.keys()) >= 3 for c in range(12)):
-        result = secure_sum(table, config=config, dropped=silent)
-        np.testing.assert_array_equal(result.total, plain_sum(table, result.survivors))
+    result = secure_sum(table, config=config, dropped=silent)
+    np.testing.assert_array_equal(result.total, plain_sum(table, result.survivors))
     with pytest.raises(ProtocolError, match="threshold is 3: no sum"):
         secure_sum(table, config=config, dropped=silent | {third: "upload"})
 
@@ -80,12 +79,12 @@ def graph_of(config, roster, round_index=0, num_clients=None):
     return {client: {roster[place] for place in row} for client, row in zip(roster, found, strict=True)}
 
 
-@settings(max_examples=350, deadline=None)
-@given(data=st.data(), silent=st.lists(st.sampled_from((None, None, None, *STAGES)), min_size=2, max_size=6))
-def test_either_the_exact_sum_or_none(data, silent):
+@settings(max_examples=350, deadline=None, derandomize=True)
+@given(data=st.data(), n=st.sampled_from([6, 5, 4, 3, 2]))
+def test_either_the_exact_sum_or_none(data, n):
     """Any cohort, any dropouts, dense and sparse: the outcome is the one that counting holders predicts."""
-    n = len(silent)
-    degree, threshold = data.draw(st.sampled_from([(None, None), (4, None), (2, 2), (2, 3), (4, 2), (4, 5)]))
+    silent = data.draw(st.lists(st.sampled_from((None,) * 9 + STAGES), min_size=n, max_size=n))
+    degree, threshold = data.draw(st.sampled_from([(None, None), (4, None), (2, 2), (2, 3), (4, 2), (4, 3)]))
     words, round_index = data.draw(st.integers(1, 3)), data.draw(st.sampled_from([0, 7, 2**32 - 1]))
     ids = data.draw(st.lists(st.integers(0, 2**32 - 2), min_size=n, max_size=n, unique=True))
     table = {client: row for client, row in zip(ids, vectors(n, words, round_index % 5), strict=True)}

@@ -107,7 +107,7 @@ def test_a_client_refuses_a_public_key_that_agrees_on_nothing():
     client_refuses(world.clients[0], lambda: world.clients[0].share(forged), "keys can be agreed with")
 
 
-@pytest.mark.parametrize("tamper", ["flip", "swap", "redirect", "stranger", "few"])
+@pytest.mark.parametrize("tamper", ["flip", "swap", "redirect", "reflect", "stranger", "few"])
 def test_a_client_refuses_an_inbox_that_was_tampered_with(tamper):
     world = World().play("shares")
     inboxes = world.server.send_inboxes()
@@ -119,6 +119,8 @@ def test_a_client_refuses_an_inbox_that_was_tampered_with(tamper):
         sealed[1], sealed[2] = sealed[2], sealed[1]
     elif tamper == "redirect":
         sealed[1] = decode(inboxes[2], messages.Inbox).sealed[1]
+    elif tamper == "reflect":
+        sealed[1] = sealed_for(world, 0, 1)  # what client 0 itself sealed for client 1
     elif tamper == "stranger":
         sealed[9], says = sealed.pop(1), "shares of client 9, no neighbour"
     else:
@@ -239,8 +241,8 @@ def test_the_server_refuses_duplicate_public_keys(copy):
 
 
 @pytest.mark.parametrize("field", ["seed_shares", "key_shares"])
-@pytest.mark.parametrize("holder", [0, 1, 2])
-def test_a_tampered_share_gives_no_sum(field, holder):
+@pytest.mark.parametrize(("holder", "place"), [(0, 0), (1, 0), (2, 0), (0, 16), (2, 31)])
+def test_a_tampered_share_gives_no_sum(field, holder, place):
     """Whoever's share it is, of a survivor or of the dropped client: what was committed does not fit."""
     world = World().play("consistency")
     world.play("confirmations")
@@ -249,7 +251,7 @@ def test_a_tampered_share_gives_no_sum(field, holder):
         if client == holder:
             shares = dict(getattr(decode(reveal, messages.Reveal), field))
             owner = min(shares)
-            reveal = changed(reveal, messages.Reveal, **{field: shares | {owner: flipped(shares[owner])}})
+            reveal = changed(reveal, messages.Reveal, **{field: shares | {owner: flipped(shares[owner], place)}})
         world.server.receive(reveal)
     server_refuses(world.server, world.server.finish, "did not commit to|do not fit together|no such key")
 

@@ -51,7 +51,7 @@ class Client:
         self._mask_keys: dict[int, bytes] = {}  # public, by neighbour
         self._channels: dict[int, bytes] = {}  # agreed secrets, by neighbour
         self._shares: dict[int, tuple[bytes, bytes]] = {}  # of seed and mask key, by owner; my own among them
-        self._lists = Survivors(self._header(), (), ())
+        self._lists, self._lists_digest = Survivors(self._header(), (), ()), b""
 
     def advertise(self) -> bytes:
         """Stage "keys": two public keys."""
@@ -120,6 +120,8 @@ class Client:
         with self._progress.step("consistency", then="unmask"):
             self._lists = self._read(survivors, Survivors)
             self._check_lists()
+            ids = (len(self._lists.survivors), *self._lists.survivors, *self._lists.dropped)
+            self._lists_digest = hashlib.sha256(struct.pack(f"<{len(ids)}I", *ids)).digest()
             return encode(Confirmation(self._header(), {other: self._tag(me, other) for me, other in self._pairs()}))
 
     def reveal(self, confirmed: bytes) -> bytes:
@@ -202,9 +204,7 @@ class Client:
     def _tag(self, sender: int, receiver: int) -> bytes:
         neighbor = receiver if sender == self.client_id else sender
         context = self._terms.context(b"confirm", sender, receiver)
-        ids = (len(self._lists.survivors), *self._lists.survivors, *self._lists.dropped)
-        digest = hashlib.sha256(struct.pack(f"<{len(ids)}I", *ids)).digest()
-        return primitives.tag(primitives.derive(self._channels[neighbor], context), context + digest)
+        return primitives.tag(primitives.derive(self._channels[neighbor], context), context + self._lists_digest)
 
 
 def pair_seed(terms: RoundTerms, key: primitives.PrivateKey, public: bytes, owner: int, other: int) -> bytes:
