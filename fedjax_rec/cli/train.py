@@ -11,6 +11,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from fedjax_rec.reporting import epsilon_label, result_table, to_rich
+from fedjax_rec.reporting.formatting import format_bytes
 from fedjax_rec.reporting.html import write_report
 from fedjax_rec.runs import config as configs
 from fedjax_rec.runs import directory
@@ -19,6 +20,7 @@ from fedjax_rec.runs.config_checks import check
 from fedjax_rec.runs.experiment import Experiment, prepare, prepare_data
 from fedjax_rec.runs.results import run as run_experiment
 from fedjax_rec.runs.training import saved_keys
+from fedjax_rec.runs.uploads import describe_uploads
 
 
 def run(config: TrainConfig) -> int:
@@ -86,6 +88,10 @@ def _plan(experiment: Experiment) -> str:
             f"  privacy  user-level, {experiment.rounds.relation.replace('_', ' ')}, delta {plan.delta:g}, {target}: "
             f"noise multiplier {plan.noise_multiplier:.4g}, clip norm {plan.l2_clip_norm:g}"
         )
+    rounds = experiment.rounds
+    up, down, plain = (format_bytes(x / 8) for x in (rounds.upload_bits, rounds.download_bits, rounds.plain_bits))
+    how = describe_uploads(experiment.config, sampler)
+    lines.append(f"  uploads  {how}: {up} up and {down} down a client and round; plain float32 takes {plain} each way")
     return "\n".join(lines)
 
 

@@ -246,6 +246,11 @@ def prepare(config: TrainConfig, *, data: Data | None = None, keys: RoundKeys | 
         warnings += plan_warnings(config, plan, sampler, num_clients)
     else:
         transforms = chain(smaller, in_fixed_point(config, sampler, num_numbers=None), way_to_sum(config, sampler))
+    if config.upload.sum == "simulated":
+        warnings.append(
+            "The secure sum is simulated: masks, dropouts and refusals are computed, and nothing is hidden, since one "
+            "program holds every key. What is said of privacy is of the protocol that it stands for."
+        )
     mesh = None
     if config.devices > 1:
         mesh = jax.make_mesh((config.devices,), ("clients",))

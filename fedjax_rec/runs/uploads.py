@@ -138,3 +138,19 @@ def most_clients(sampler: Sampler) -> int:
     if "poisson" not in sampler.name:
         return math.ceil(expected)
     return math.ceil(expected + 7.5 * math.sqrt(expected) + 18)
+
+
+def describe_uploads(config: TrainConfig, sampler: Sampler) -> str:
+    """What clients send and how it is added up, in words."""
+    settings = config.upload
+    smaller = "" if settings.compression == "none" else f", {settings.compression}"
+    if settings.sum == "float":
+        return f"added as floats{smaller}"
+    ways = {
+        "ring": "added modulo 2^32 in the open",
+        "simulated": "in a simulated secure sum",
+        "crypto": "in a secure sum",
+        "encrypted": "encrypted",
+    }
+    least = "" if settings.sum == "ring" else f" of at least {least_clients(config, sampler)} clients"
+    return f"{ways[settings.sum]}{least}, {bits(config)} bits a number{smaller}"
