@@ -22,9 +22,9 @@ def pad_rows(num_fake: int, *, key: jax.Array, weights: jax.Array | None = None)
 
     What it hides: which of the rows sent are real, in one upload, up to what the attacker expects anyway: uniform
     fakes among popular items are told apart by popularity, hence ``weights``. What it does not hide: how many items
-    there are, as ``num_fake`` is public; values, which real rows still carry exactly; and over rounds, rows whose values
-    agree with one rating. A client picks the same fakes whenever it sends the same rows, as fresh ones would be gone
-    after intersecting two rounds; clients that draw new negatives in every round have no such rows, and an
+    there are, as ``num_fake`` is public; values, which real rows still carry exactly; and over rounds, rows whose
+    values agree with one rating. A client picks the same fakes whenever it sends the same rows, as fresh ones would be
+    gone after intersecting two rounds; clients that draw new negatives in every round have no such rows, and an
     intersection of their uploads is as good as without padding.
 
     Guarantee: none. It is no differential privacy, and it bounds nothing: put a clip after it.
