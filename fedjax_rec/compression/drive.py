@@ -44,12 +44,12 @@ def drive(*, unbiased: bool = True) -> UpdateTransform:
     def client(update, rotation_key, key):
         del key
         vector, unravel = ravel_update(update)
-        rotated = rotate(vector, rotation_key).reshape(-1, block_size(vector.size))
-        l1 = jnp.sum(jnp.abs(rotated), axis=1, keepdims=True)
+        rotated = rotate(vector, rotation_key).reshape(block_size(vector.size), -1)
+        l1 = jnp.sum(jnp.abs(rotated), axis=0, keepdims=True)
         if unbiased:
-            scale = jnp.sum(jnp.square(rotated), axis=1, keepdims=True) / jnp.where(l1 == 0, 1.0, l1)
+            scale = jnp.sum(jnp.square(rotated), axis=0, keepdims=True) / jnp.where(l1 == 0, 1.0, l1)
         else:
-            scale = l1 / rotated.shape[1]
+            scale = l1 / rotated.shape[0]
         decoded = jnp.where(rotated < 0, -scale, scale).reshape(-1)
         return unravel(rotate_back(decoded, rotation_key, vector.size)), {}
 

@@ -9,7 +9,7 @@ from fedjax_rec.federated.transforms import Bound, UpdateTransform
 
 ROUNDINGS = ("stochastic", "nearest")
 MOST_BITS = 16
-_RUN = 64  # numbers whose offsets come from one random word
+_RUN = 32  # offsets from one random word
 _GOLDEN = 2654435769  # 2^32 over the golden ratio: its multiples fill the unit interval evenly
 
 
@@ -26,7 +26,7 @@ def quantize(bits: int, *, rounding: str = "stochastic", rotation: bool = True) 
 
     Stochastic rounding goes up with a probability of ``frac``, to 2^-24, so the decoded update is unbiased. A random
     word costs more than all the rest, and unbiasedness needs each offset uniform, but not independent of the others:
-    ``offset_j = word + j g mod 2^32``, g the golden ratio's, is uniform for each j of a run of 64 if the word is. The
+    ``offset_j = word + j g mod 2^32``, g of the golden ratio, is uniform for each j of 32 if the word is. The
     expected squared error is that of independent offsets, as it is a sum over numbers; clients are independent.
     Nearest rounding has about half that error, and a bias that the mean over clients keeps.
 
@@ -55,10 +55,12 @@ def quantize(bits: int, *, rounding: str = "stochastic", rotation: bool = True) 
 
     def client(update, prepared, key):
         vector, unravel = ravel_update(update)
-        x = rotate(vector, prepared) if rotation else vector
-        offsets = random_offsets(key, x.size) if rounding == "stochastic" else jnp.full(x.shape, 0.5)
-        shape = (-1, block_size(vector.size) if rotation else vector.size)
-        decoded = to_grid(x.reshape(shape), offsets.reshape(shape), num_steps).reshape(-1)
+        # One column for each scale; without rotation, all is one, and stays flat.
+        blocks = rotate(vector, prepared).reshape(block_size(vector.size), -1) if rotation else vector
+        offsets = jnp.float32(0.5)
+        if rounding == "stochastic":
+            offsets = random_offsets(key, blocks.size).reshape(blocks.shape)
+        decoded = to_grid(blocks, offsets, num_steps).reshape(-1)
         return unravel(rotate_back(decoded, prepared, vector.size) if rotation else decoded), {}
 
     def server(total, prepared, key):
@@ -81,14 +83,14 @@ def quantize(bits: int, *, rounding: str = "stochastic", rotation: bool = True) 
 
 
 def to_grid(x: jax.Array, offsets: jax.Array, num_steps: int) -> jax.Array:
-    """Rounds each row to ``num_steps`` equal steps between minus and plus its largest magnitude.
+    """Rounds to ``num_steps`` equal steps between minus and plus the largest magnitude along the first axis.
 
     Args:
-      x: float32 ``[blocks, n]``.
-      offsets: float32 ``[blocks, n]`` in (0, 1): a number is rounded up if the rest of it is above its offset.
+      x: float32 ``[n]`` or ``[n, blocks]``.
+      offsets: of the same shape, or a scalar, in (0, 1): a number goes up if what it has above a level is more.
       num_steps: levels less one.
     """
-    largest = jnp.max(jnp.abs(x), axis=1, keepdims=True)
+    largest = jnp.max(jnp.abs(x), axis=0, keepdims=True)
     inverse = jnp.where(largest == 0, 0.0, 1 / largest)
     steps = jnp.minimum((x * inverse + 1) * (num_steps / 2), num_steps)
     below = jnp.floor(steps)
@@ -97,12 +99,12 @@ def to_grid(x: jax.Array, offsets: jax.Array, num_steps: int) -> jax.Array:
 
 
 def random_offsets(key: jax.Array, num_numbers: int) -> jax.Array:
-    """Numbers in (0, 1), each uniform, 64 of them from one random word.
+    """Numbers in (0, 1), each uniform, 32 of them from one random word.
 
     Returns:
-      float32 ``[num_numbers]``, odd multiples of 2^-24.
+      float32 ``[num_numbers]``, odd multiples of 2^-24. Those of one word are far apart, in runs that are next to one
+      another.
     """
-    words = jax.random.bits(key, (-(-num_numbers // _RUN), 1), jnp.uint32)
-    shifts = (jnp.arange(_RUN, dtype=jnp.uint32) * jnp.uint32(_GOLDEN))[None]
-    bits = (words + shifts).reshape(-1)[:num_numbers] >> 9
-    return bits.astype(jnp.float32) * 2.0**-23 + 2.0**-24
+    words = jax.random.bits(key, (-(-num_numbers // _RUN),), jnp.uint32)
+    runs = [(words + jnp.uint32(_GOLDEN * i % 2**32)) >> 9 for i in range(_RUN)]
+    return jnp.concatenate(runs)[:num_numbers].astype(jnp.float32) * 2.0**-23 + 2.0**-24

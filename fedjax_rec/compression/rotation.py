@@ -12,14 +12,12 @@ import math
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 LARGEST_BLOCK = 1024
-"""Largest block. On a CPU, blocks of 4,096 take a third longer."""
+"""Largest block. On a CPU, blocks of 4,096 take twice the time."""
 
 _SMALLEST_BLOCK = 64
-_MATMUL_SIZE = 32  # the strides below the width of a vector register, as a product with a small Hadamard matrix
-_RADIX = 8  # butterflies done in one pass over memory
+_RADIX = 4  # numbers that one pass over memory combines; eight at a time do not stay in a CPU's registers
 
 
 def block_size(num_numbers: int) -> int:
@@ -51,6 +49,9 @@ def rotated_size(num_numbers: int) -> int:
 def rotate(vector: jax.Array, key: jax.Array) -> jax.Array:
     """Rotates a vector, block by block.
 
+    The blocks are interleaved: number i is in block ``i mod (m / B)``, so the columns of ``rotated.reshape(B, m / B)``
+    are the blocks. Each is then a sample of the whole vector, and all butterflies are between runs of m / B numbers.
+
     Args:
       vector: float32 ``[n]``.
       key: of the signs; public, and the same for all who are to be in one basis.
@@ -58,9 +59,10 @@ def rotate(vector: jax.Array, key: jax.Array) -> jax.Array:
     Returns:
       float32 ``[m]``, with ``m = rotated_size(n)``, of the same norm.
     """
-    size = vector.shape[0]
-    padded = jnp.pad(vector.astype(jnp.float32), (0, rotated_size(size) - size))
-    return _hadamard(_flip(padded, key), block_size(size))
+    size, block = vector.shape[0], block_size(vector.shape[0])
+    # An update in place: XLA makes a pad a choice for each number, in every pass that it is fused with.
+    padded = jnp.zeros(rotated_size(size)).at[:size].set(vector)
+    return _hadamard(padded * random_signs(key, padded.size), block) / math.sqrt(block)
 
 
 def rotate_back(rotated: jax.Array, key: jax.Array, num_numbers: int) -> jax.Array:
@@ -81,44 +83,48 @@ def rotate_back(rotated: jax.Array, key: jax.Array, num_numbers: int) -> jax.Arr
         raise ValueError(
             f"A vector of {num_numbers} numbers has {rotated_size(num_numbers)} when rotated; got {rotated.shape}."
         )
-    return _flip(_hadamard(rotated, block_size(num_numbers)), key)[:num_numbers]
+    block = block_size(num_numbers)
+    signs = random_signs(key, rotated.size) / math.sqrt(block)
+    return (_hadamard(rotated, block) * signs)[:num_numbers]
 
 
-def _flip(vector: jax.Array, key: jax.Array) -> jax.Array:
-    """Random signs, 32 from each random word: the generator costs more than all butterflies otherwise."""
+def random_signs(key: jax.Array, num_numbers: int) -> jax.Array:
+    """Plus and minus one as float32 ``[num_numbers]``, 32 from each random word: the generator costs most otherwise.
+
+    The first bits of all words come first, then the second ones, in long runs.
+    """
     key = jax.random.clone(key)  # the same signs there and back, which is no accident
-    words = jax.random.bits(key, (-(-vector.shape[0] // 32),), jnp.uint32)
-    signs = (words[:, None] << jnp.arange(32, dtype=jnp.uint32)[None]).reshape(-1)[: vector.shape[0]]
-    bits = jax.lax.bitcast_convert_type(vector, jnp.uint32)
-    return jax.lax.bitcast_convert_type(bits ^ (signs & jnp.uint32(1 << 31)), jnp.float32)
+    words = jax.random.bits(key, (-(-num_numbers // 32),), jnp.uint32)
+    planes = [(words << shift) & jnp.uint32(1 << 31) for shift in range(32)]
+    one = jax.lax.bitcast_convert_type(jnp.float32(1), jnp.uint32)
+    return jax.lax.bitcast_convert_type(jnp.concatenate(planes)[:num_numbers] | one, jnp.float32)
 
 
 def _hadamard(vector: jax.Array, block: int) -> jax.Array:
-    """The orthonormal Walsh-Hadamard transform of each block: log2(block) additions a number."""
-    size = vector.shape[0]
-    stride = min(block, _MATMUL_SIZE)
-    matrix = jnp.asarray(_hadamard_matrix(stride) / math.sqrt(block), jnp.float32)
-    x = jnp.matmul(vector.reshape(-1, stride), matrix, precision=jax.lax.Precision.HIGHEST)
-    while stride < block:
-        radix = min(_RADIX, block // stride)
+    """The Walsh-Hadamard transform of each block, unscaled, in additions only.
+
+    A product with a small matrix in place of the first passes is no faster on a CPU, and rounds in an order that
+    depends on how many vectors run side by side. The last pass writes one flat vector: a reshape that XLA fuses with
+    what reads it costs a division for each number.
+    """
+    size, x = vector.shape[0], vector
+    stride = size // block
+    while stride < size:
+        radix = min(_RADIX, size // stride)
+        if radix * stride == size:
+            return jnp.concatenate(_butterflies(jnp.split(x, radix)))
         x = x.reshape(-1, radix, stride)
-        x = jnp.stack(_butterflies([x[:, i] for i in range(radix)]), axis=1)
+        x = jnp.stack(_butterflies([x[:, i] for i in range(radix)]), axis=1).reshape(size)
         stride *= radix
-    return x.reshape(size)
+    return x
 
 
 def _butterflies(parts: list[jax.Array]) -> list[jax.Array]:
     """The unscaled transform across a list of arrays, whose length is a power of two."""
-    step = 1
+    parts, step = list(parts), 1
     while step < len(parts):
         for i in range(len(parts)):
             if not i & step:
                 parts[i], parts[i + step] = parts[i] + parts[i + step], parts[i] - parts[i + step]
         step *= 2
     return parts
-
-
-def _hadamard_matrix(size: int) -> np.ndarray:
-    """float64 ``[size, size]`` of plus and minus one; ``size`` is a power of two."""
-    index = np.arange(size)
-    return 1.0 - 2.0 * (np.bitwise_count(index[:, None] & index[None]) % 2)
