@@ -107,6 +107,17 @@ def test_the_mean_over_public_keys_is_the_update(name):
     assert np.abs(found - truth).max() > 0.1  # it does compress
 
 
+@pytest.mark.parametrize("name", COMPILED)
+def test_what_stands_in_padding_is_not_sent(name):
+    def dirty(rows):
+        return Rows(rows.ids, jnp.where((rows.ids == N)[:, None], jnp.nan, rows.values), N)
+
+    update = example()._replace(tables={table: dirty(rows) for table, rows in example().tables.items()})
+    updates = jax.tree.map(lambda x: jnp.broadcast_to(x, (NUM_KEYS, *x.shape)), update)
+    _, totals = many(LINKS[name], updates, jax.random.split(jax.random.key(3), NUM_KEYS))
+    np.testing.assert_array_equal(flat(totals), estimates(name)[0])
+
+
 @pytest.mark.parametrize("name", ["rand_k", "item_subset", "count_sketch", "low_rank"])
 def test_the_error_is_as_long_as_documented(name):
     """(n / k - 1), (n / width - 1) / depth and (dim / rank - 1) times the squared norm of the item table."""
