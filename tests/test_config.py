@@ -13,12 +13,13 @@ from fedjax_rec.runs.config import (
     PrivacyConfig,
     ServerConfig,
     TrainConfig,
-    check,
+    UploadConfig,
     differences,
     from_dict,
     load,
     to_dict,
 )
+from fedjax_rec.runs.config_checks import check
 
 CHANGED = TrainConfig(
     dataset="ratings.csv",
@@ -31,6 +32,7 @@ CHANGED = TrainConfig(
     client=ClientConfig(batch_size=16),
     server=ServerConfig(optimizer="momentum"),
     privacy=PrivacyConfig(noise_multiplier=1.5),
+    upload=UploadConfig(sum="simulated", bits=18, compression="rand_k"),
 )
 
 
@@ -93,6 +95,7 @@ def test_what_can_run_is_not_refused(config):
 
 
 PRIVATE = TrainConfig(epsilon=8.0)
+SIMULATED = UploadConfig(sum="simulated")
 
 
 @pytest.mark.parametrize(
@@ -120,6 +123,24 @@ PRIVATE = TrainConfig(epsilon=8.0)
             dataclasses.replace(PRIVATE, client=ClientConfig(weigh_by_examples=True)),
             r"set --client\.max-examples, or leave it",
         ),
+        (
+            dataclasses.replace(PRIVATE, privacy=PrivacyConfig(mechanism="skellam_shares")),
+            r"add --upload\.sum simulated, crypto or encrypted",
+        ),
+        (
+            dataclasses.replace(
+                PRIVATE, privacy=PrivacyConfig(mechanism="skellam_shares"), cohort_size=5, upload=SIMULATED
+            ),
+            "no bound that gains from sampling",
+        ),
+        (
+            dataclasses.replace(PRIVATE, privacy=PrivacyConfig(mechanism="skellam"), upload=SIMULATED),
+            "skellam_shares, where clients add it",
+        ),
+        (TrainConfig(upload=UploadConfig(sum="encrypted", compression="top_k")), r"Use rand_k, count_sketch"),
+        (TrainConfig(upload=UploadConfig(dropout_prob=0.1)), r"add --upload\.sum simulated"),
+        (TrainConfig(upload=UploadConfig(share=0.0)), r"--upload\.share is out of range; got 0\.0"),
+        (TrainConfig(upload=UploadConfig(sum="crypto"), devices=2), "adds up on the host"),
         (dataclasses.replace(PRIVATE, data=DataConfig(k_core=5)), r"--data\.k-core .* which no epsilon covers"),
     ],
 )

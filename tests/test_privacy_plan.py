@@ -16,10 +16,10 @@ from fedjax_rec.federated.transforms import UNBOUNDED
 from fedjax_rec.privacy import privacy_spent
 from fedjax_rec.privacy.ledger import BudgetExceeded
 from fedjax_rec.runs import directory
-from fedjax_rec.runs.config import ModelConfig, PrivacyConfig, TrainConfig
+from fedjax_rec.runs.config import ModelConfig, PrivacyConfig, TrainConfig, UploadConfig
 from fedjax_rec.runs.config_checks import check
 from fedjax_rec.runs.experiment import prepare
-from fedjax_rec.runs.privacy_plan import plan_privacy, private_chain, run_event
+from fedjax_rec.runs.privacy_plan import plan_privacy, private_chain, run_event, with_colluders
 from fedjax_rec.runs.training import train
 
 NUM_CLIENTS, SIZE, ROUNDS = 400, 2_000, 40
@@ -59,6 +59,34 @@ def test_the_noise_spends_the_budget_and_no_more(settings, sampler):
     )
     assert 0.98 * 4 < spent.epsilon <= 4
     assert made.num_rounds == ROUNDS
+
+
+@pytest.mark.parametrize(
+    ("privacy", "upload"),
+    [
+        ({}, {"sum": "ring"}),
+        ({}, {"sum": "simulated", "rotation": True}),
+        ({"clip": "adaptive"}, {"sum": "simulated"}),
+        ({"mechanism": "skellam_shares"}, {"sum": "simulated"}),
+        ({"mechanism": "discrete_gaussian_shares"}, {"sum": "simulated", "bits": 14}),
+        ({}, {"compression": "drive"}),
+        ({}, {"compression": "rand_k", "sum": "simulated"}),
+        ({}, {"compression": "count_sketch"}),
+    ],
+    ids=str,
+)
+def test_the_noise_is_on_what_clients_send(privacy, upload):
+    """Whatever is sent and however it is added up, noise and budget are those of the largest upload there can be."""
+    settings = dataclasses.replace(config(**privacy), upload=UploadConfig(**upload))
+    sampler = full_participation(NUM_CLIENTS, relation="replace_one") if settings.privacy.in_shares else EVERYONE
+    made = plan_privacy(settings, sampler, num_clients=NUM_CLIENTS, update_size=SIZE, num_items=50)
+    event = run_event(made.ledger, made.transforms, sampler, ROUNDS)
+    spent = privacy_spent(event, delta=1e-4, relation=sampler.relation)
+    assert 0.98 * 4 < spent.epsilon <= 4
+    assert made.ledger.trust_model == ("secure_sum" if settings.privacy.in_shares else "central")
+    if settings.privacy.in_shares:
+        colluding, more = with_colluders(settings, made, sampler)
+        assert (colluding, more > 1.02 * spent.epsilon) == (36, True)
 
 
 def event_of(settings, noise=2.0, sampler=EVERYONE, round_index=0):
@@ -131,8 +159,12 @@ def dataset(tmp_path_factory):
         {"privacy": PrivacyConfig(clip="adaptive")},
         {"privacy": PrivacyConfig(schedule_ratio=3.0)},
         {"privacy": PrivacyConfig(mechanism="banded"), "sampler": "in_turn", "num_groups": 2},
+        {
+            "privacy": PrivacyConfig(mechanism="skellam_shares"),
+            "upload": UploadConfig(sum="simulated", dropout_prob=0.02, planned_dropout=0.3),
+        },
     ],
-    ids=["adaptive clip", "schedule", "banded"],
+    ids=["adaptive clip", "schedule", "banded", "noise in shares"],
 )
 def test_a_killed_run_goes_on_with_its_clip_norm_its_schedule_and_its_past_noise(dataset, settings, tmp_path):
     """Stopped after the second of three spans and prepared anew: states and ledger are those of the whole run."""

@@ -22,7 +22,7 @@ from fedjax_rec.models.popularity import dp_popularity, popularity_scorer
 from fedjax_rec.privacy.calibration import calibrate_noise_multiplier
 from fedjax_rec.privacy.ledger import spent_to_dict
 from fedjax_rec.runs import directory
-from fedjax_rec.runs.config import TrainConfig, to_dict
+from fedjax_rec.runs.config import PrivacyConfig, TrainConfig, to_dict
 from fedjax_rec.runs.experiment import BASELINE_NOISE, KS, METRIC, Data, Experiment, prepare
 from fedjax_rec.runs.stamp import stamp
 from fedjax_rec.runs.training import Outcome, evaluate_part, selects_best, train
@@ -71,9 +71,10 @@ def baselines(
 
 
 def without_privacy(config: TrainConfig) -> TrainConfig:
-    """The same run without clipping and noise, and so without secrets."""
-    privacy = dataclasses.replace(config.privacy, noise_multiplier=None)
-    return dataclasses.replace(config, epsilon=None, delta=None, secret_noise=False, privacy=privacy)
+    """The same run without clipping and noise, and so without secrets and sums that hide anything."""
+    upload = dataclasses.replace(config.upload, sum="float", dropout_prob=0.0)
+    privacy = PrivacyConfig()
+    return dataclasses.replace(config, epsilon=None, delta=None, secret_noise=False, privacy=privacy, upload=upload)
 
 
 def _dp_popularity_row(experiment: Experiment, asked) -> dict[str, Any]:
