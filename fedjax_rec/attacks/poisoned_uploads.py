@@ -63,7 +63,7 @@ def align_to_popular(
 
 def _promotion(shared: Shared, targets: jax.Array, users: jax.Array, step: float) -> Upload:
     """A step down the mean over users of ``-log sigmoid(p . q_t + b_t)``, for each target t."""
-    scores = users @ shared.tables["item"][targets].T + shared.tables["bias"][targets, 0]
+    scores = users @ shared.tables["item"][targets].T + shared.tables["bias"][targets].T
     pull = jax.nn.sigmoid(-scores) / len(users)  # [users, T]
     return Upload(targets, {"item": step * pull.T @ users, "bias": step * pull.sum(0)[:, None]})
 
@@ -127,7 +127,7 @@ def a_hum(
         users = spread * jax.random.normal(key, (num_users, items.shape[1]))
 
         def mine(_, users):
-            scores = users @ items[targets].T + biases[targets]
+            scores = users @ items[targets].T + biases[targets][None, :]
             return users - mining_rate * jax.nn.sigmoid(scores) @ items[targets] / len(targets)
 
         users = jax.lax.fori_loop(0, num_mining_steps, mine, users)
