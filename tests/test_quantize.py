@@ -112,7 +112,7 @@ def test_errors_that_the_papers_promise():
     assert abs(normal["drive"] - (np.pi / 2 - 1)) < 0.02
     assert abs(normal["least"] - (1 - 2 / np.pi)) < 0.02
     assert heavy["drive"] < 0.59
-    assert all(0.025 < e["4 bits"] < 0.05 for e in (normal, heavy))
+    assert all(0.015 < e["4 bits"] < 0.045 for e in (normal, heavy))
     assert heavy["1 bit"] > 300
     assert np.all(np.linalg.norm(found["least"], axis=1) <= np.linalg.norm(both, axis=1))
 
@@ -164,7 +164,7 @@ def test_bits_by_hand_and_padding():
 
 def test_long_updates_pay_for_each_scale():
     update = jax.ShapeDtypeStruct((5000,), jnp.float32)
-    assert drive().upload(plain_wire(update), update).total == 5120 + 5 * 32
+    assert drive().upload(plain_wire(update), update).total == 5120 + 20 * 32
 
 
 def test_one_vector_and_back():
@@ -232,7 +232,7 @@ def compressed_rounds(request):
     return make_rounds(adversaries(), links, SAMPLER, nothing_but_clients(), span_size=1)
 
 
-@settings(max_examples=40, deadline=None, derandomize=True)
+@settings(max_examples=30, deadline=None, derandomize=True)
 @given(uploads=uploads, cohort=cohorts, user=users, seed=st.integers(0, 1000))
 def test_whatever_a_client_sends(compressed_rounds, uploads, cohort, user, seed):
     """The real round, with and without one client: the sum that noise is added to moves by at most C."""

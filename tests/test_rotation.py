@@ -35,14 +35,14 @@ def test_orthonormal_and_undone(size):
 
 
 def test_side_by_side_as_alone():
-    """1,400 numbers take three blocks of 512, several radices and padding; bits must not depend on the chunk."""
+    """1,400 numbers take six blocks of 256, several passes and padding; bits must not depend on the chunk."""
     x = jax.random.normal(jax.random.key(0), (3, 1400)) * 10.0 ** jnp.arange(-1, 2)[:, None]
     alone = jax.jit(rotate)
     together = jax.jit(jax.vmap(rotate, (0, None)))(x, KEY)
     np.testing.assert_array_equal(together, np.stack([alone(row, KEY) for row in x]))
     np.testing.assert_allclose(np.linalg.norm(together, axis=1), np.linalg.norm(x, axis=1), rtol=1e-6)
     spike = alone(jnp.zeros(1400).at[700].set(5.0), KEY)
-    np.testing.assert_allclose(np.max(np.abs(spike)), 5 / np.sqrt(512), rtol=1e-6)  # spread over its block
+    np.testing.assert_allclose(np.max(np.abs(spike)), 5 / np.sqrt(256), rtol=1e-6)  # spread over its block
 
 
 def test_signs_are_fair_coins():

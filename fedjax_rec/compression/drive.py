@@ -20,9 +20,9 @@ def drive(*, unbiased: bool = True) -> UpdateTransform:
 
     Differs from the paper: the randomised Hadamard rotation stands for a uniform one, as in the authors' experiments.
     The inner product of the decoded update with the update is ``||x||^2`` under any rotation, so what bias the first S
-    leaves is orthogonal to the update. It cannot be seen where the 1,024 numbers of a block resemble normal ones, and
+    leaves is orthogonal to the update. It cannot be seen where the 256 numbers of a block resemble normal ones, and
     is large where two or three outweigh all others: 0.3 of the norm for (1, 0.3, 0, 0, ...). And long updates are
-    rotated in blocks (`rotation`), each with a scale of its own, which costs 32 bits in 1,024.
+    rotated in blocks (`rotation`), each with a scale of its own, which costs an eighth of a bit a number.
 
     The rotation is public and of the round. The scale is the client's own, so what clients send cannot be summed before
     it is decoded: not linear. No error is fed back into later rounds: a client that is sampled now and then would feed
