@@ -17,17 +17,16 @@ import jax.numpy as jnp
 
 from fedjax_rec.compression.rotation import rotate, rotate_back, rotated_size
 from fedjax_rec.federated.fast_bits import fast_bits
-from fedjax_rec.federated.rows import is_rows, merge_duplicates, to_dense
-from fedjax_rec.federated.transforms import Bound, UpdateTransform, Wire
+from fedjax_rec.federated.rows import is_rows, merge_duplicates, to_dense, whole_size
+from fedjax_rec.federated.transforms import PLAIN_SUM, Bound, UpdateTransform, Wire
 from fedjax_rec.privacy.discrete import rounded_norm_bound
-from fedjax_rec.privacy.local_noise import whole_size
 
 RING_BITS = 32
 LEAST_BITS, DEFAULT_BITS, MOST_BITS = 12, 16, 22
 ROUNDINGS = ("stochastic", "nearest")
 
-# 1.5 * 2^23: added to an integer below 2^22, it leaves that integer in the last bits of the float32, so rounding and
-# conversion are one addition each. On a CPU that halves their time.
+# 1.5 * 2^23: added to a number below 2^22, it leaves the nearest integer in the last bits of the float32, so rounding
+# and conversion are one addition each. On a CPU that halves their time.
 _PAST_FRACTIONS = 12582912.0
 _PAST_FRACTIONS_BITS = 0x4B400000
 _LEEWAY = 1 + 1e-5  # for what float32 adds to norms
@@ -144,7 +143,10 @@ def check_headroom(bits: int, max_clients: int) -> None:
 
 def ring_sum() -> UpdateTransform:
     """Adds the integers of an earlier `fixed_point` modulo 2^32, in the open: the sum that secure ones equal."""
-    return UpdateTransform(client=lambda update, prepared, key: (to_words(update), {}), server=words_server)
+    # Plain addition, and said so: then no link comes after it whose server would take words for numbers.
+    return UpdateTransform(
+        client=lambda update, prepared, key: (to_words(update), {}), summation=PLAIN_SUM, server=words_server
+    )
 
 
 def words_server(total, prepared, key):
@@ -155,12 +157,8 @@ def words_server(total, prepared, key):
 
 def to_words(update: Any) -> Any:
     """float32 integers, of magnitude below 2^22, as uint32 words: ``q mod 2^32``."""
-
-    def words(values):
-        return jax.lax.bitcast_convert_type(values + _PAST_FRACTIONS, jnp.uint32) - jnp.uint32(_PAST_FRACTIONS_BITS)
-
     return jax.tree.map(
-        lambda leaf: with_values(leaf, words(leaf.values)) if is_rows(leaf) else words(leaf), update, is_leaf=is_rows
+        lambda leaf: with_values(leaf, _words(leaf.values)) if is_rows(leaf) else _words(leaf), update, is_leaf=is_rows
     )
 
 
@@ -238,8 +236,16 @@ def _up_or_down(values: jax.Array, key: jax.Array) -> jax.Array:
 
 
 def _nearest(values: jax.Array) -> jax.Array:
-    """The nearest integer, as float32, for magnitudes below 2^22: float32 has no place for fractions beyond 2^23."""
-    return (values + _PAST_FRACTIONS) - _PAST_FRACTIONS
+    """The nearest integer, as float32, for magnitudes below 2^22."""
+    return from_words(_words(values))
+
+
+def _words(values: jax.Array) -> jax.Array:
+    """The nearest integer as a word, for magnitudes below 2^22.
+
+    By way of the bits: XLA takes ``(values + c) - c`` for ``values``.
+    """
+    return jax.lax.bitcast_convert_type(values + _PAST_FRACTIONS, jnp.uint32) - jnp.uint32(_PAST_FRACTIONS_BITS)
 
 
 def _squared_norm(leaves: list[jax.Array]) -> jax.Array:
