@@ -43,7 +43,7 @@ ASKED = {
 ML_100K, ML_1M = "movielens/100k", "movielens/1m"
 WORLDS = {
     ML_100K: World(),
-    ML_1M: World(malicious_share=0.001, l2_row_norm=1.0, num_buckets=4),
+    ML_1M: World(malicious_share=0.001, l2_row_norm=0.1),
 }
 SMOKE = World(num_fillers=8, num_rounds=2, num_rows=6, num_buckets=1, dim=4, num_root=5, num_popular=3)
 METRICS = ("er@10", "er@20", "target_ndcg@10", "hit@10", "ndcg@10")
