@@ -26,7 +26,11 @@ import optax
 import fedjax_rec as fr
 from fedjax_rec.compression.drive import drive
 from fedjax_rec.compression.half import half_precision_download, half_precision_upload
+from fedjax_rec.compression.item_subset import item_subset
+from fedjax_rec.compression.low_rank import low_rank
 from fedjax_rec.compression.quantize import quantize
+from fedjax_rec.compression.rand_k import rand_k
+from fedjax_rec.compression.sketch import count_sketch
 from fedjax_rec.compression.top_k import top_k
 from fedjax_rec.federated.round import largest_update
 from fedjax_rec.reporting import Table, to_markdown
@@ -48,6 +52,11 @@ ROWS: tuple[tuple[str, Callable[[int], fr.UpdateTransform]], ...] = (
     ("8 bits, nearest", lambda size: quantize(8, rounding="nearest", rotation=False)),
     ("top 10 % of numbers", lambda size: top_k(0.1)),
     ("top 10 % of rows", lambda size: top_k(0.1, rows=True)),
+    ("rand-k, 10 % of rows", lambda size: rand_k(0.1)),
+    ("count sketch, 48 rows", lambda size: count_sketch(48)),
+    ("low rank, 2", lambda size: low_rank(2)),
+    ("low rank, 2, all rows", lambda size: low_rank(2, all_rows=True)),
+    ("item subset, 10 %, both ways", lambda size: item_subset(0.1, receive=True)),
     ("bfloat16 up", lambda size: half_precision_upload()),
     ("bfloat16 down", lambda size: half_precision_download()),
 )
