@@ -42,7 +42,7 @@ def compression(settings: UploadConfig, *, num_items: int) -> UpdateTransform:
         case "count_sketch":
             links.append(count_sketch(max(1, math.ceil(share * num_items))))
         case "low_rank":
-            links.append(low_rank(settings.rank))
+            links.append(low_rank(settings.rank, all_rows=settings.sum != "float"))
         case "item_subset":
             links.append(item_subset(share))
     return chain(*links)
