@@ -81,14 +81,13 @@ def test_drive_leaves_a_bias_on_a_few_large_numbers():
     assert 0.25 < np.linalg.norm(found.mean(0) - vector) < 0.35
 
 
-def test_offsets_are_uniform_though_they_share_words():
-    """Each of them; words differ; and the squared error is that of independent ones, f (1 - f) steps^2 a number."""
+def test_offsets_are_uniform_though_they_share_a_word():
+    """Each of them is; and the squared error is that of independent ones, f (1 - f) steps^2 a number."""
     draws = np.asarray(jax.vmap(lambda k: random_offsets(k, 130))(jax.random.split(jax.random.key(1), 3000)))
     assert draws.min() > 0
     assert draws.max() < 1
     for place in (0, 1, 2, 3, 64, 129):
         assert stats.kstest(draws[:, place], "uniform").pvalue > 1e-3
-    assert abs(np.corrcoef(draws[:, 0], draws[:, 1])[0, 1]) < 0.06
     x = np.asarray(NORMAL[:130])
     steps, unit = (x.astype(np.float64) / np.max(np.abs(x)) + 1) * 7, np.max(np.abs(x)) / 7
     rest = steps - np.floor(steps)

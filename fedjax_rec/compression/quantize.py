@@ -9,7 +9,6 @@ from fedjax_rec.federated.transforms import Bound, UpdateTransform
 
 ROUNDINGS = ("stochastic", "nearest")
 MOST_BITS = 16
-_RUN = 32  # offsets from one random word
 _GOLDEN = 2654435769  # 2^32 over the golden ratio: its multiples fill the unit interval evenly
 
 
@@ -24,11 +23,12 @@ def quantize(bits: int, *, rounding: str = "stochastic", rotation: bool = True) 
     each m; ids of rows are sent beside it, as before. As it is the client's own scale that its numbers are multiplied
     by, they cannot be summed before they are decoded: not linear.
 
-    Stochastic rounding goes up with a probability of ``frac``, to 2^-24, so the decoded update is unbiased. A random
-    word costs more than all the rest, and unbiasedness needs each offset uniform, but not independent of the others:
-    ``offset_j = word + j g mod 2^32``, g of the golden ratio, is uniform for each j of 32 if the word is. The
-    expected squared error is that of independent offsets, as it is a sum over numbers; clients are independent.
-    Nearest rounding has about half that error, and a bias that the mean over clients keeps.
+    Stochastic rounding goes up with a probability of ``frac``, to 2^-24, so the decoded update is unbiased. Random bits
+    would cost more than all the rest, and unbiasedness needs each offset uniform, but not independent of the others:
+    ``offset_j = word + j g mod 2^32``, g the golden ratio's and the word a client's own, is uniform for each j. The
+    expected squared error is that of independent offsets, being a sum over numbers, and clients are independent; what
+    is lost is that the errors of one client's numbers depend on one another.
+    Nearest rounding has about half that squared error, and a bias that the mean over clients keeps.
 
     No error is fed back into later rounds: a client that is sampled now and then would feed it back when it is stale.
 
@@ -99,12 +99,11 @@ def to_grid(x: jax.Array, offsets: jax.Array, num_steps: int) -> jax.Array:
 
 
 def random_offsets(key: jax.Array, num_numbers: int) -> jax.Array:
-    """Numbers in (0, 1), each uniform, 32 of them from one random word.
+    """Numbers in (0, 1), each uniform, all from one random word: multiples of the golden ratio after it.
 
     Returns:
-      float32 ``[num_numbers]``, odd multiples of 2^-24. Those of one word are far apart, in runs that are next to one
-      another.
+      float32 ``[num_numbers]``, odd multiples of 2^-24.
     """
-    words = jax.random.bits(key, (-(-num_numbers // _RUN),), jnp.uint32)
-    runs = [(words + jnp.uint32(_GOLDEN * i % 2**32)) >> 9 for i in range(_RUN)]
-    return jnp.concatenate(runs)[:num_numbers].astype(jnp.float32) * 2.0**-23 + 2.0**-24
+    word = jax.random.bits(key, (), jnp.uint32)
+    bits = (word + jnp.arange(num_numbers, dtype=jnp.uint32) * jnp.uint32(_GOLDEN)) >> 9
+    return bits.astype(jnp.float32) * 2.0**-23 + 2.0**-24
