@@ -73,7 +73,7 @@ def check_pair(transforms: UpdateTransform, sampler: Sampler) -> None:
             "no add-or-remove guarantee on top of it. Use full_participation(n, relation='replace_one') or fixed_size, "
             "or clip the noised update again before the server's noise."
         )
-    _check_shares(transforms, sampler)
+    _check_shares(transforms)
     _check_refusals(transforms, sampler)
     if transforms.min_separation > sampler.num_groups:
         raise ValueError(
@@ -84,12 +84,16 @@ def check_pair(transforms: UpdateTransform, sampler: Sampler) -> None:
     check_supported(sampler.dp_event(event), relation=sampler.relation)
 
 
-def _check_shares(transforms: UpdateTransform, sampler: Sampler) -> None:
+def _check_shares(transforms: UpdateTransform) -> None:
     """Refuses noise in shares whose number nothing guarantees."""
     needed, summation = transforms.min_clients, transforms.summation
-    given = (
-        summation.min_clients if summation else int(sampler.expected_size) if sampler.relation == "replace_one" else 0
-    )
+    given = summation.min_clients if summation else 0
+    if needed and not given:
+        raise ValueError(
+            "The noise comes in shares, and who sees uploads one by one sees each with a share only, which is too "
+            f"little. Put a secure sum of min_clients={needed} last: simulated_secure_sum, crypto_secure_sum or "
+            "encrypted_sum."
+        )
     if needed > given:
         raise ValueError(
             f"The noise comes in shares, of which the bound needs {needed}, and a sum of {given} clients would be let "

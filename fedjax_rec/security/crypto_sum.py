@@ -73,4 +73,5 @@ def crypto_secure_sum(
     if degree is None and num_clients is not None:
         degree = graph_parameters(num_clients).degree
     traffic = {} if degree is None else protocol_traffic(degree, num_clients or degree + 1)
-    return host_sum(Session(), min_clients=min_clients, dropout_prob=dropout_prob)._replace(**traffic)
+    least = max(min_clients, threshold or 0)
+    return host_sum(Session(), min_clients=least, dropout_prob=dropout_prob)._replace(**traffic)
