@@ -25,6 +25,8 @@ from fedjax_rec.federated.transforms import chain
 from fedjax_rec.models.base import Examples, Model, Shared, View
 from fedjax_rec.models.matrix_factorization import linear_scorer, matrix_factorization
 from fedjax_rec.privacy.mechanisms import clip_by_global_norm, user_level_dp
+from fedjax_rec.security.ring import fixed_point
+from fedjax_rec.security.simulated import simulated_secure_sum
 
 NUM_CLIENTS, NUM_ITEMS = 11, 17
 LENGTHS = (0, 1, 1, 2, 3, 4, 5, 7, 9, 9, 16)  # an empty client, one who touched nearly everything, five buckets
@@ -259,20 +261,26 @@ jax.config.update("jax_num_cpu_devices", 4)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_debug_key_reuse", True)
 import numpy as np
-from test_round_equivalence import compare_devices
+from test_round_equivalence import compare_devices, secure_sum
 assert len(jax.devices()) == 4
 compare_devices(num_items=17)
-compare_devices(num_items=20)
+compare_devices(num_items=20, links=secure_sum())
 compare_devices(num_items=24_000)  # a table whose noise is drawn in pieces
 print("devices agree")
 """
 
 
-def compare_devices(num_items):
+def secure_sum():
+    """A secure sum that some drop out of, in steps too small for the comparison to see."""
+    masked = simulated_secure_sum(degree=4, threshold=2, dropout_prob=0.3)
+    return chain(clip_by_global_norm(0.3), fixed_point(largest=0.3, max_clients=NUM_CLIENTS, bits=22), masked)
+
+
+def compare_devices(num_items, links=None):
     """One device against a mesh of four. The population, 11, is no multiple of four; tables of 20 rows are."""
     model = matrix_factorization(num_items, dim=3, loss="squared", label_mean=0.5)
     s = dataclasses.replace(SETTINGS["squared-given"], model=model)
-    links = user_level_dp(l2_clip_norm=0.3, noise_multiplier=0.5)
+    links = user_level_dp(l2_clip_norm=0.3, noise_multiplier=0.5) if links is None else links
     sampler = poisson(NUM_CLIENTS, cohort_size=6)
     results = []
     for mesh in (None, jax.make_mesh((4,), ("clients",))):
