@@ -15,7 +15,6 @@ import optax
 from evaluation_worlds import make_split
 
 import fedjax_rec as fr
-from fedjax_rec.algorithms.prediction_exchange import prediction_exchange
 from fedjax_rec.data.clients import ClientData, client_data
 from fedjax_rec.federated.algorithm import Algorithm
 from fedjax_rec.federated.cohort import Sampler, full_participation, poisson
@@ -122,7 +121,7 @@ METHODS: dict[str, Callable[[World], Entry]] = {
         fr.cofedrec(HEAD, **w.sizes, num_groups=2, lr=0.1, item_lr_factor=1.0, **DRAW), fr.own_score
     ),
     "prediction_exchange": lambda w: Entry(
-        prediction_exchange(MF, **w.sizes, slate_size=9, server_dim=2, **EXCHANGE, **DRAW), fr.local_score(MF)
+        fr.prediction_exchange(MF, **w.sizes, slate_size=9, server_dim=2, **EXCHANGE, **DRAW), fr.local_score(MF)
     ),
     "ditto": lambda w: Entry(fr.ditto(MF, num_clients=w.num_clients, pull=0.5, **PERSONAL, **DRAW), fr.ditto_score(MF)),
     "apfl": lambda w: Entry(
