@@ -6,6 +6,7 @@ import numpy as np
 import optax
 import pytest
 
+import fedjax_rec.federated.round
 from fedjax_rec.algorithms.fedavg import fedavg, fedsgd
 from fedjax_rec.attacks.interactions import infer_interactions
 from fedjax_rec.attacks.item_sets import (
@@ -20,10 +21,11 @@ from fedjax_rec.attacks.item_sets import (
 )
 from fedjax_rec.attacks.rating_inversion import CLIP_SCALES, invert_ratings, share_right
 from fedjax_rec.attacks.shadow_models import only_train
-from fedjax_rec.attacks.uploads import Uploads, joined_rows, observed_uploads, secure_sums
+from fedjax_rec.attacks.uploads import COMPILE_FAST, Uploads, joined_rows, observed_uploads, secure_sums
 from fedjax_rec.data import load
 from fedjax_rec.data.clients import client_data
 from fedjax_rec.data.negatives import Negatives
+from fedjax_rec.federated.algorithm import all_private
 from fedjax_rec.federated.cohort import full_participation
 from fedjax_rec.federated.round import RoundKeys, make_rounds
 from fedjax_rec.federated.rows import Rows
@@ -52,12 +54,16 @@ def rated():
     return algorithm, clients
 
 
+def start(algorithm):
+    server_key, private_key = jax.random.split(jax.random.key(0))
+    return jax.jit(lambda: (algorithm.init(server_key), all_private(algorithm, private_key, TRAIN.num_users)))()
+
+
 @pytest.fixture(scope="module")
 def explicit():
     """The method, its state, and uploads as `uploads(transforms)`."""
     algorithm, clients = rated()
-    rounds = make_rounds(algorithm, PLAIN, full_participation(TRAIN.num_users), clients, span_size=1)
-    state, private = jax.jit(rounds.init)(jax.random.key(0))
+    state, private = start(algorithm)
 
     def uploads(transforms, *, key=KEY, client_ids=None):
         ready = state._replace(transforms=transforms.init(state.shared))
@@ -66,8 +72,9 @@ def explicit():
     return state.shared, private, uploads, uploads(PLAIN)
 
 
-def test_uploads_are_those_of_the_round(explicit):
+def test_uploads_are_those_of_the_round(explicit, monkeypatch):
     """Their mean is the step that the server takes, clip included."""
+    monkeypatch.setattr(fedjax_rec.federated.round, "_compiler_options", lambda: COMPILE_FAST)
     algorithm, clients = rated()
     clipped = chain(clip_by_global_norm(CLIP))
     rounds = make_rounds(algorithm, clipped, full_participation(TRAIN.num_users), clients, span_size=1)
@@ -201,8 +208,7 @@ def implicit():
     model = matrix_factorization(TRAIN.num_items, dim=DIM, init_stddev=0.5)
     algorithm = fedavg(model, client_optimizer=optax.sgd(1.0), local_epochs=3, negatives=Negatives(2))
     clients = client_data(only_train(TRAIN), num_buckets=1)
-    rounds = make_rounds(algorithm, PLAIN, full_participation(TRAIN.num_users), clients, span_size=1)
-    state, private = jax.jit(rounds.init)(jax.random.key(0))
+    state, private = start(algorithm)
     few = np.argsort(COUNTS, kind="stable")[:6]
     return algorithm, state.shared, few, observed_uploads(algorithm, PLAIN, clients, state, private, KEY, few)
 
