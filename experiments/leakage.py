@@ -287,7 +287,7 @@ def side_information(lines: list[dict]) -> str:
     summed = [line for line in uploads_of(lines) if line["members"] > 1]
     ratings = ", ".join(f"{100 * line['ratings']:.0f} % among {line['members']} clients" for line in summed)
     return (
-        "Who knows from elsewhere which items a member has reads its ratings off the sum wherever nobody else has them: "
+        "Who knows from elsewhere which items a member has still reads many of its ratings off the sum, namely "
         f"{ratings}. Small cohorts and sparse histories hide little from such an attacker."
     )
 
