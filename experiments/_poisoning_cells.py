@@ -36,6 +36,7 @@ from fedjax_rec.security.fltrust import fltrust
 from fedjax_rec.security.robust import clip_by_row_norm, krum, median, trimmed_mean
 
 NO_ATTACK, NO_DEFENCE = "none", "none"
+ROW_CLIPS = {"row clip .001": 1e-3, "row clip .0005": 5e-4, "row clip .0003": 3e-4}  # in units of the update
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,7 @@ class World:
       l2_row_norm: of the attacker's rows where he need not fear a clip, in units of the update.
       boost: of the attacks with a loss that saturates.
       num_rows: of an upload of FedRecAttack and the adaptive attack.
-      norm_clip, row_clip, tight_row_clip: of the defences, in units of the update.
+      norm_clip: of a whole update, in units of the update.
       num_root: honest users whose data FLTrust's server has as well.
     """
 
@@ -66,8 +67,6 @@ class World:
     client_lr: float = 0.1
     private_lr: float = 5.0
     norm_clip: float = 0.02
-    row_clip: float = 0.001
-    tight_row_clip: float = 0.0003
     num_root: int = 50
     num_buckets: int = 3
     chunk_size: int = 8
@@ -119,8 +118,7 @@ ATTACKS: dict[str, Callable[[Setting], Attack]] = {
 DEFENCES: dict[str, Callable[[Setting], UpdateTransform]] = {
     NO_DEFENCE: lambda s: chain(),
     "norm clip": lambda s: clip_by_global_norm(s.world.norm_clip),
-    "row clip": lambda s: clip_by_row_norm(s.world.row_clip),
-    "tight row clip": lambda s: clip_by_row_norm(s.world.tight_row_clip),
+    **{name: lambda s, clip=clip: clip_by_row_norm(clip) for name, clip in ROW_CLIPS.items()},
     "FLTrust": lambda s: fltrust(s.algorithm, root_clients(s.split, s.world.num_root)),
     "trimmed mean, each row": lambda s: trimmed_mean(0.1, min_support=1, max_clients=s.num_clients),
     "median, each row": lambda s: median(min_support=1, max_clients=s.num_clients),
@@ -134,8 +132,7 @@ def known_to_the_adaptive(world: World, defence: str) -> tuple[float, int]:
     """Row norm and number of rows of the attacker who knows which defence there is, and its clip."""
     if defence == "norm clip":  # few rows of two tables that together just pass
         return world.norm_clip / math.sqrt(2 * 5), 5
-    clips = {"row clip": world.row_clip, "tight row clip": world.tight_row_clip}
-    return clips.get(defence, world.l2_row_norm), world.num_rows
+    return ROW_CLIPS.get(defence, world.l2_row_norm), world.num_rows
 
 
 def method(world: World, num_items: int, num_clients: int):
