@@ -197,6 +197,8 @@ def test_the_server_of_an_encrypted_sum_cannot_decrypt():
     np.testing.assert_array_equal(holder.decrypt(server.take()), 3 * words)
     with pytest.raises(NoSum, match="Nobody has sent"):
         server.take()
+    with pytest.raises(ValueError, match="a sum of one upload is that upload"):
+        KeyHolder(min_clients=1)
     with pytest.raises(ValueError, match="given the secret key"):
         EncryptedSumServer(holder._context.serialize(save_secret_key=True))
     assert client.encrypt(words) != sent  # the same words never look the same twice

@@ -180,7 +180,7 @@ def plan_privacy(
     budget = None if config.epsilon is None else Budget(config.epsilon, delta)
     make_chain = partial(private_chain, config, sampler=sampler, update_size=update_size, num_items=num_items)
     most_noise = _most_noise(config, update_size, sampler)
-    check_pair(make_chain(min(1.0, most_noise)), sampler)
+    check_pair(chain(make_chain(min(1.0, most_noise)), way_to_sum(config, sampler)), sampler)
     noise, num_rounds = settings.noise_multiplier, config.rounds
     if noise is None:
         noise = calibrate_noise_multiplier(

@@ -19,6 +19,7 @@ import numpy as np
 
 from fedjax_rec.federated.transforms import UpdateTransform, Wire
 from fedjax_rec.security.host_sum import NoSum, host_sum
+from fedjax_rec.security.simulated import check_dropout
 
 SLOTS = 4096
 """Numbers in one ciphertext: the degree of its polynomials."""
@@ -39,10 +40,14 @@ class KeyHolder:
     """Makes the keys, gives the public one away, and decrypts sums. Not the server.
 
     Args:
-      min_clients: sums of fewer uploads are not decrypted.
+      min_clients: sums of fewer uploads are not decrypted; at least 2.
+
+    Raises:
+      ValueError: if it would open single uploads.
     """
 
     def __init__(self, *, min_clients: int = 2):
+        check_dropout(min_clients, 0.0)
         seal = _tenseal()
         self._context = seal.context(seal.SCHEME_TYPE.BFV, poly_modulus_degree=SLOTS, plain_modulus=PLAIN_MODULUS)
         self._min_clients = min_clients
