@@ -27,7 +27,7 @@ from fedjax_rec.compression.drive import drive
 from fedjax_rec.compression.flat import ravel_update, update_size
 from fedjax_rec.compression.half import half_precision_download, half_precision_upload, to_half
 from fedjax_rec.compression.quantize import quantize, random_offsets, to_grid
-from fedjax_rec.compression.top_k import top_k
+from fedjax_rec.compression.top_k import largest_numbers, top_k
 from fedjax_rec.federated.round import RoundKeys, make_rounds
 from fedjax_rec.federated.rows import Rows, to_dense
 from fedjax_rec.federated.transforms import UNBOUNDED, Bound, chain, plain_wire
@@ -182,6 +182,15 @@ def test_top_k_by_hand():
     np.testing.assert_array_equal(to_dense(found)[:, 0], [0, 0, 2, 0])  # the merged row is the longest
     with pytest.raises(ValueError, match="share must be above 0"):
         top_k(0.0)
+
+
+def test_the_largest_numbers_are_those_of_a_sort():
+    """Ties and zeros too: exactly k are kept, the first ones of equals."""
+    vectors = jnp.stack([NORMAL, jnp.round(NORMAL), jnp.ones(256), jnp.zeros(256), NORMAL.at[9].set(-jnp.inf)])
+    found = np.asarray(jax.jit(jax.vmap(lambda v: largest_numbers(v, 37)))(vectors))
+    for mask, vector in zip(found, np.asarray(vectors), strict=True):
+        order = np.argsort(-np.abs(vector), stable=True)[:37]
+        np.testing.assert_array_equal(np.flatnonzero(mask), np.sort(order))
 
 
 def test_half_precision_is_that_of_the_types():

@@ -46,8 +46,7 @@ def top_k(share: float, *, rows: bool = False) -> UpdateTransform:
                 lambda x: longest_rows(x, kept(x.ids.size)) if is_rows(x) else x, update, is_leaf=is_rows
             ), {}
         vector, unravel = ravel_update(update)
-        _, places = jax.lax.top_k(jnp.abs(vector), kept(vector.size))
-        return unravel(jnp.zeros_like(vector).at[places].set(vector[places])), {}
+        return unravel(jnp.where(largest_numbers(vector, kept(vector.size)), vector, 0)), {}
 
     def upload(wire, update):
         beside = wire.side_bits - plain_wire(update).side_bits  # of other links; the ids are counted anew
@@ -75,6 +74,38 @@ def longest_rows(rows: Rows, num_kept: int) -> Rows:
     """
     _, places = jax.lax.top_k(jnp.sum(jnp.square(rows.values), axis=-1), num_kept)
     return Rows(rows.ids[places], rows.values[places], rows.num_rows)
+
+
+def largest_numbers(vector: jax.Array, num_kept: int) -> jax.Array:
+    """True for exactly ``num_kept`` numbers, those of largest magnitude; the first ones of equals.
+
+    The threshold is found bit by bit, by counting: on a CPU a sort takes several times as long. Magnitudes in float32
+    are ordered as their bits are, NaN last.
+
+    Args:
+      vector: float32 ``[n]``.
+      num_kept: in 1 .. n.
+
+    Returns:
+      bool ``[n]``.
+    """
+    bits = jax.lax.bitcast_convert_type(jnp.abs(vector), jnp.int32)
+    place = jnp.arange(vector.size, dtype=jnp.int32)
+
+    def last(holds, num_bits):
+        """The largest integer of so many bits that ``holds``, which is true of 0 and of all below one that it is."""
+
+        def try_bit(i, found):
+            candidate = found | jnp.left_shift(jnp.int32(1), num_bits - 1 - i)
+            return jnp.where(holds(candidate), candidate, found)
+
+        return jax.lax.fori_loop(0, num_bits, try_bit, jnp.int32(0))
+
+    threshold = last(lambda t: jnp.sum(bits >= t) >= num_kept, 31)
+    above, tied = bits > threshold, bits == threshold
+    missing = num_kept - jnp.sum(above)
+    last_place = last(lambda p: jnp.sum(tied & (place < p)) < missing, vector.size.bit_length())
+    return above | (tied & (place <= last_place))
 
 
 def _index_bits(count: int) -> int:
