@@ -39,6 +39,18 @@ from fedjax_rec.runs.stamp import stamp
 RESULTS = Path(__file__).parent / "results"
 NONE = "no link"
 L2_CLIP_NORM = 0.02
+NUM_CLIENTS = 943
+
+
+def integers(**settings) -> fr.UpdateTransform:
+    """Fixed-point numbers with room for all clients."""
+    return fr.fixed_point(largest=1.0, max_clients=NUM_CLIENTS, **settings)
+
+
+def secure_sum(**settings) -> fr.UpdateTransform:
+    """The simulated secure sum of everybody; by default with the neighbours that so many clients need."""
+    return fr.simulated_secure_sum(num_clients=NUM_CLIENTS, **settings)
+
 
 # Name, and what makes the links from the numbers in the largest client's update.
 ROWS: tuple[tuple[str, Callable[[int], fr.UpdateTransform]], ...] = (
@@ -48,7 +60,6 @@ ROWS: tuple[tuple[str, Callable[[int], fr.UpdateTransform]], ...] = (
     ("drive, 1 bit", lambda size: drive()),
     ("4 bits, rotated", lambda size: quantize(4)),
     ("4 bits", lambda size: quantize(4, rotation=False)),
-    ("8 bits", lambda size: quantize(8, rotation=False)),
     ("8 bits, nearest", lambda size: quantize(8, rounding="nearest", rotation=False)),
     ("top 10 % of numbers", lambda size: top_k(0.1)),
     ("top 10 % of rows", lambda size: top_k(0.1, rows=True)),
@@ -59,6 +70,11 @@ ROWS: tuple[tuple[str, Callable[[int], fr.UpdateTransform]], ...] = (
     ("item subset, 10 %, both ways", lambda size: item_subset(0.1, receive=True)),
     ("bfloat16 up", lambda size: half_precision_upload()),
     ("bfloat16 down", lambda size: half_precision_download()),
+    ("16-bit integers, summed in the open", lambda size: fr.chain(integers(), fr.ring_sum())),
+    ("16-bit integers, nearest", lambda size: fr.chain(integers(rounding="nearest"), fr.ring_sum())),
+    ("16-bit integers, rotated", lambda size: fr.chain(integers(rotation=True), fr.ring_sum())),
+    ("simulated secure sum, 14 neighbours", lambda size: fr.chain(integers(), secure_sum(degree=14))),
+    ("simulated secure sum, 88 neighbours", lambda size: fr.chain(integers(), secure_sum())),
 )
 
 
