@@ -32,7 +32,7 @@ ASKED = {
     NO_DEFENCE: tuple(ATTACKS),
     "norm clip": (NO_ATTACK, *STRONG),
     **{name: tuple(ATTACKS) for name in ROW_CLIPS},
-    "FLTrust": (NO_ATTACK, "A-hum"),
+    "FLTrust": (NO_ATTACK, *STRONG),
     "trimmed mean, each row": (NO_ATTACK, "A-hum"),
     "median, each row": (NO_ATTACK, "A-hum"),
     "median, min. support": (NO_ATTACK, "A-hum", "adaptive"),
@@ -72,7 +72,11 @@ def main(argv: list[str] | None = None) -> int:
     for dataset, attack, defence in () if args.only_page else asked:
         if any(
             wanted is not None and name not in wanted
-            for wanted, name in ((args.dataset, dataset), (args.defence, defence), (args.attack, attack))
+            for wanted, name in (
+                (args.dataset and [args.dataset], dataset),
+                (args.defence, defence),
+                (args.attack, attack),
+            )
         ):
             continue
         world = SMOKE if args.smoke else WORLDS[dataset]
@@ -153,14 +157,17 @@ def claims(found: Found) -> list[tuple[str, bool | None]]:
 
     open_ = [at(attack, NO_DEFENCE) for attack in STRONG]
     attacked = [attack for attack in ATTACKS if attack != NO_ATTACK]
-    dense = at(NO_ATTACK, "median, dense", "hit@10")
+    clean, dense = (at(NO_ATTACK, defence, "hit@10") for defence in (NO_DEFENCE, "median, dense"))
     each = at("A-hum", "median, each row", dataset=ML_100K_TENTH)
     small = at("A-hum", NO_DEFENCE, "er@20", ML_1M)
     shown = ", ".join(f"{name} {er:.3f}" for name, er in zip(STRONG, open_, strict=True))
     return [
         judged(f"Without a defence strong attacks reach er@10 of at least .70: {shown}", min(open_) >= 0.70, *open_),
         *(clip_claim(name) for name in ROW_CLIPS),
-        judged(f"A dense median learns nothing: hit@10 is {dense:.3f}", dense < 0.02, dense),
+        judged(
+            f"A dense median learns next to nothing, a third of the undefended hit@10 at most: {dense:.3f} of {clean:.3f}",
+            dense <= clean / 3, dense, clean,
+        ),
         judged(
             "A median over each row's own senders gives a cold item to attackers who are its majority: with 10 % of "
             f"all clients er@10 is {each:.3f}, with 5 % {at('A-hum', 'median, each row'):.3f}", each >= 0.5, each,
