@@ -29,14 +29,19 @@ from fedjax_rec.evaluation import cases, client_scorer, evaluate
 from fedjax_rec.federated.algorithm import Algorithm
 from fedjax_rec.federated.cohort import full_participation
 from fedjax_rec.federated.round import RoundKeys, make_rounds
-from fedjax_rec.federated.transforms import UpdateTransform, chain
+from fedjax_rec.federated.transforms import UpdateTransform, chain, scale
 from fedjax_rec.models.matrix_factorization import matrix_factorization
 from fedjax_rec.privacy.mechanisms import clip_by_global_norm
 from fedjax_rec.security.fltrust import fltrust
 from fedjax_rec.security.robust import clip_by_row_norm, krum, median, trimmed_mean
 
 NO_ATTACK, NO_DEFENCE = "none", "none"
-ROW_CLIPS = {"row clip .001": 1e-3, "row clip .0005": 5e-4, "row clip .0003": 3e-4}  # in units of the update
+ROW_CLIPS = {  # the clip in units of the update, and what the server multiplies the sum by
+    "row clip .001": (1e-3, 1.0),
+    "row clip .0005": (5e-4, 1.0),
+    "row clip .0003": (3e-4, 1.0),
+    "row clip .0003, doubled": (3e-4, 2.0),
+}
 
 
 @dataclass(frozen=True)
@@ -118,7 +123,7 @@ ATTACKS: dict[str, Callable[[Setting], Attack]] = {
 DEFENCES: dict[str, Callable[[Setting], UpdateTransform]] = {
     NO_DEFENCE: lambda s: chain(),
     "norm clip": lambda s: clip_by_global_norm(s.world.norm_clip),
-    **{name: lambda s, clip=clip: clip_by_row_norm(clip) for name, clip in ROW_CLIPS.items()},
+    **{name: lambda s, clip=clip: row_clip(*clip) for name, clip in ROW_CLIPS.items()},
     "FLTrust": lambda s: fltrust(s.algorithm, root_clients(s.split, s.world.num_root)),
     "trimmed mean, each row": lambda s: trimmed_mean(0.1, min_support=1, max_clients=s.num_clients),
     "median, each row": lambda s: median(min_support=1, max_clients=s.num_clients),
@@ -128,11 +133,17 @@ DEFENCES: dict[str, Callable[[Setting], UpdateTransform]] = {
 }
 
 
+def row_clip(l2_row_norm: float, factor: float) -> UpdateTransform:
+    """The clip, and a larger step with what it leaves: a clip slows honest clients down as well."""
+    clip = clip_by_row_norm(l2_row_norm)
+    return clip if factor == 1 else chain(clip, scale(factor))
+
+
 def known_to_the_adaptive(world: World, defence: str) -> tuple[float, int]:
     """Row norm and number of rows of the attacker who knows which defence there is, and its clip."""
     if defence == "norm clip":  # few rows of two tables that together just pass
         return world.norm_clip / math.sqrt(2 * 5), 5
-    return ROW_CLIPS.get(defence, world.l2_row_norm), world.num_rows
+    return ROW_CLIPS.get(defence, (world.l2_row_norm,))[0], world.num_rows
 
 
 def method(world: World, num_items: int, num_clients: int):
