@@ -130,7 +130,7 @@ def make_table(lines: Sequence[dict]) -> Table:
         who = "none" if epsilon is None else f"user-level, {epsilon:g}"
         clipped = MISSING if epsilon is None else f"{100 * np.mean([values['last clipped'] for values in mine]):.0f} %"
         rows.append((who, name, *cells, clipped, f"{mine[0]['upload_bytes'] / 1e3:.1f}", len(mine)))
-    heads = [text for metric in METRICS for text in (metric, "less 32 bits")]
+    heads = [text for metric in METRICS for text in (metric, f"{metric}, less 32 bits")]
     return Table(("epsilon", "update", *heads, "clipped last", "kB up a round", "seeds"), rows)
 
 
