@@ -143,12 +143,12 @@ def claims(found: Found) -> list[tuple[str, bool | None]]:
     def judged(text, holds, *numbers):
         return text, None if np.isnan(numbers).any() else bool(holds)
 
-    def clip_claim(name):
+    def clip_claim(name, whom, attacked):
         worst = max(attacked, key=lambda attack: np.nan_to_num(at(attack, name)))
         highest, cost = at(worst, name), lost(NO_ATTACK, name)
         most = np.max([lost(attack, name) for attack in attacked])
         return judged(
-            f"The {name} keeps every attack to er@10 of at most .05 and costs at most 15 % of hit@10: {highest:.3f} by "
+            f"The {name} keeps {whom} to er@10 of at most .05 and costs at most 15 % of hit@10: {highest:.3f} by "
             f"{worst}, {cost:.0%} without an attack, up to {most:.0%} under one",
             highest <= 0.05 and cost <= 0.15,
             *(at(attack, name) for attack in attacked),
@@ -157,13 +157,15 @@ def claims(found: Found) -> list[tuple[str, bool | None]]:
 
     open_ = [at(attack, NO_DEFENCE) for attack in STRONG]
     attacked = [attack for attack in ATTACKS if attack != NO_ATTACK]
+    blind = [attack for attack in attacked if attack not in ("FedRecAttack", "adaptive")]
     clean, dense = (at(NO_ATTACK, defence, "hit@10") for defence in (NO_DEFENCE, "median, dense"))
     each = at("A-hum", "median, each row", dataset=ML_100K_TENTH)
     small = at("A-hum", NO_DEFENCE, "er@20", ML_1M)
     shown = ", ".join(f"{name} {er:.3f}" for name, er in zip(STRONG, open_, strict=True))
     return [
         judged(f"Without a defence strong attacks reach er@10 of at least .70: {shown}", min(open_) >= 0.70, *open_),
-        *(clip_claim(name) for name in ROW_CLIPS),
+        *(clip_claim(name, "every attack", attacked) for name in ROW_CLIPS),
+        clip_claim(list(ROW_CLIPS)[-1], "attacks that see no user's interactions", blind),
         judged(
             f"A dense median learns next to nothing, a third of the open hit@10 or less: {dense:.3f}, not {clean:.3f}",
             dense <= clean / 3, dense, clean,
@@ -209,9 +211,10 @@ def draw(found: Found) -> Figure:
     with matplotlib.rc_context(STYLE | {"axes.grid": False}):
         figure, axes = new_figure(num_panels=2)
         figure.set_size_inches(11, 4.4)
-        figure.subplots_adjust(left=0.15, right=0.99, top=0.93, bottom=0.2, wspace=0.08)
+        figure.subplots_adjust(left=0.18, right=0.99, top=0.93, bottom=0.2, wspace=0.08)
         for panel, (metric, colours, highest) in zip(axes, panels, strict=True):
-            grid = np.array([[value(found, a, d, metric) for a in ATTACKS] for d in DEFENCES])
+            shown = [d for d in DEFENCES if any((ML_100K, attack, d) in found for attack in ATTACKS)]
+            grid = np.array([[value(found, a, d, metric) for a in ATTACKS] for d in shown])
             highest = highest or float(np.nanmax(grid))
             panel.imshow(np.ma.masked_invalid(grid), cmap=colours, vmin=0, vmax=highest, aspect="auto")
             for (row, column), number in np.ndenumerate(grid):
@@ -220,7 +223,10 @@ def draw(found: Found) -> Figure:
                     text = f"{number:.3f}".replace("0.", ".", 1)
                     panel.text(column, row, text, ha="center", va="center", color=ink, fontsize=8)
             panel.set_xticks(range(len(ATTACKS)), ["no attack", *list(ATTACKS)[1:]], rotation=35, ha="right")
-            panel.set_yticks(range(len(DEFENCES)), ["no defence", *list(DEFENCES)[1:]] if panel is axes[0] else [])
+            panel.set_yticks(
+                range(len(shown)),
+                ["no defence" if d == NO_DEFENCE else d for d in shown] if panel is axes[0] else [""] * len(shown),
+            )
             name = {"er@10": "er@10: honest users who are shown the target", "hit@10": "hit@10 of honest users"}[metric]
             panel.set_title(name, loc="left", fontsize=9, color=MUTED)
             panel.spines[:].set_visible(False)
