@@ -44,7 +44,7 @@ NUM_CLIENTS = 943
 
 def integers(**settings) -> fr.UpdateTransform:
     """Fixed-point numbers with room for all clients."""
-    return fr.fixed_point(largest=1.0, max_clients=NUM_CLIENTS, **settings)
+    return fr.fixed_point(largest=1.0, max_clients=NUM_CLIENTS, **({"count_clipped": False} | settings))
 
 
 def secure_sum(**settings) -> fr.UpdateTransform:
@@ -71,6 +71,7 @@ ROWS: tuple[tuple[str, Callable[[int], fr.UpdateTransform]], ...] = (
     ("bfloat16 up", lambda size: half_precision_upload()),
     ("bfloat16 down", lambda size: half_precision_download()),
     ("16-bit integers, summed in the open", lambda size: fr.chain(integers(), fr.ring_sum())),
+    ("the same, and what was clipped counted", lambda size: fr.chain(integers(count_clipped=True), fr.ring_sum())),
     ("16-bit integers, nearest", lambda size: fr.chain(integers(rounding="nearest"), fr.ring_sum())),
     ("16-bit integers, rotated", lambda size: fr.chain(integers(rotation=True), fr.ring_sum())),
     ("simulated secure sum, 14 neighbours", lambda size: fr.chain(integers(), secure_sum(degree=14))),
@@ -78,18 +79,26 @@ ROWS: tuple[tuple[str, Callable[[int], fr.UpdateTransform]], ...] = (
 )
 
 
-def make_population(data_dir: Path | None, smoke: bool) -> tuple[fr.Algorithm, fr.ClientData]:
-    """Federated matrix factorisation on MovieLens 100K, or a tiny world."""
+def make_population(data_dir: Path | None, smoke: bool, num_steps: int) -> tuple[fr.Algorithm, fr.ClientData]:
+    """Federated matrix factorisation on MovieLens 100K, or a tiny world; ``num_steps`` full-batch steps a client."""
     data = fr.load("synthetic", num_users=40, num_items=60) if smoke else fr.load("movielens/100k", data_dir=data_dir)
     split = fr.leave_one_out(data)
     model = fr.matrix_factorization(split.num_items, dim=4 if smoke else 32)
-    algorithm = fr.fedsgd(model, server_optimizer=optax.adam(0.02), negatives=fr.Negatives(4))
+    algorithm = fr.fedavg(
+        model,
+        client_optimizer=optax.sgd(1.0),
+        server_optimizer=optax.adam(0.02),
+        local_epochs=num_steps,
+        negatives=fr.Negatives(4),
+    )
     return algorithm, fr.client_data(split)
 
 
-def measure(names: Sequence[str], *, data_dir: Path | None, smoke: bool, turns: int, span: int) -> list[dict]:
+def measure(
+    names: Sequence[str], *, data_dir: Path | None, smoke: bool, turns: int, span: int, num_steps: int = 1
+) -> list[dict]:
     """A line for each named row of `ROWS`; times are processor seconds of one round."""
-    algorithm, clients = make_population(data_dir, smoke)
+    algorithm, clients = make_population(data_dir, smoke, num_steps)
     size = largest_update(algorithm, clients)
     sampler = fr.full_participation(clients.num_clients)
     keys = fr.RoundKeys(*jax.random.split(jax.random.key(1), 3))
@@ -114,6 +123,7 @@ def measure(names: Sequence[str], *, data_dir: Path | None, smoke: bool, turns: 
             "upload_bytes": rounds[name].upload_bits / 8,
             "download_bytes": rounds[name].download_bits / 8,
             "num_clients": clients.num_clients,
+            "num_steps": num_steps,
             "turns": turns,
             "span": span,
             **kept,
@@ -126,27 +136,44 @@ def measure(names: Sequence[str], *, data_dir: Path | None, smoke: bool, turns: 
 
 
 def page(lines: Sequence[dict]) -> str:
-    """The last line of each link as a table."""
-    plain = next(line for line in lines if line["link"] == NONE)
-    newest = {line["link"]: line for line in lines}
+    """The last line of each link and number of steps, as a table."""
+    by_steps = {}
+    for line in lines:
+        by_steps.setdefault(line["num_steps"], {})[line["link"]] = line
+    first, *others = sorted(by_steps)
+    newest, plain = by_steps[first], by_steps[first][NONE]
     order = [name for name, _ in ROWS if name in newest]
+
+    def with_more_work(name):
+        found = [by_steps[steps].get(name) for steps in others]
+        return tuple("" if line is None else f"{100 * (line['ratio'] - 1):+.0f} %" for line in found)
+
     rows = [
         (
             name,
             f"{1e3 * newest[name]['median_s']:.1f}",
             f"{100 * (newest[name]['ratio'] - 1):+.0f} %",
+            *with_more_work(name),
             f"{newest[name]['upload_bytes'] / 1e3:.1f}",
             f"{plain['upload_bytes'] / newest[name]['upload_bytes']:.1f}",
             f"{newest[name]['download_bytes'] / 1e3:.1f}",
         )
         for name in order
     ]
-    columns = ("link", "ms a round", "adds", "kB up", "times smaller", "kB down")
+    columns = (
+        "link",
+        "ms a round",
+        "adds",
+        *(f"adds to {n} steps" for n in others),
+        "kB up",
+        "times smaller",
+        "kB down",
+    )
     loads = [newest[name]["load"] for name in order]
     return (
         "# What links add to a round\n\n"
         f"Federated matrix factorisation, {plain['num_clients']} clients in every round, four negatives an "
-        "interaction, dim 32, one full-batch step a client. Bytes are of a client and round, padding included.\n\n"
+        f"interaction, dim 32; {first} full-batch step a client unless said. Bytes are of a client and round, padding included.\n\n"
         f"{to_markdown(Table(columns, rows))}\n\n"
         f"Written by `python -m benchmarks.links`; processor time, medians of {plain['turns']} turns of "
         f"{plain['span']} rounds. Device "
@@ -164,13 +191,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--turns", type=int, default=7, help="timed turns of each link")
     parser.add_argument("--span", type=int, default=3, help="rounds in a turn")
+    parser.add_argument(
+        "--steps", type=int, default=1, help="full-batch steps of a client: how much local work there is"
+    )
     parser.add_argument("--smoke", action="store_true", help="a tiny population; keeps nothing")
     args = parser.parse_args(argv)
     os.environ.setdefault("NPROC", "1")  # read when JAX first looks for devices
     if args.smoke:
         args.turns, args.span = 2, 2
     names = {NONE, *(args.link or [name for name, _ in ROWS])}
-    lines = measure(names, data_dir=args.data_dir, smoke=args.smoke, turns=args.turns, span=args.span)
+    lines = measure(
+        names, data_dir=args.data_dir, smoke=args.smoke, turns=args.turns, span=args.span, num_steps=args.steps
+    )
     if not args.smoke:
         RESULTS.mkdir(exist_ok=True)
         with open(RESULTS / "links.jsonl", "a", encoding="utf-8") as file:

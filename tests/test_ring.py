@@ -26,12 +26,12 @@ from test_sensitivity import (
 )
 
 from fedjax_rec.federated.cohort import full_participation
-from fedjax_rec.federated.fast_bits import fast_bits
 from fedjax_rec.federated.round import make_rounds
 from fedjax_rec.federated.rows import Rows, to_dense
 from fedjax_rec.federated.transforms import UNBOUNDED, Bound, UpdateTransform, chain, plain_wire
 from fedjax_rec.privacy.discrete import rounded_norm_bound
 from fedjax_rec.privacy.mechanisms import clip_by_global_norm, gaussian_noise
+from fedjax_rec.security import ring
 from fedjax_rec.security.ring import check_headroom, fixed_point, from_words, ring_sum, to_words
 
 NUM_KEYS = 10_000
@@ -101,8 +101,8 @@ def test_rounding_keeps_the_mean():
     assert np.array_equal(sent, np.floor(NORMAL) + (sent > NORMAL))  # up or down, and nowhere else
     errors = np.abs(sent.mean(0, np.float64) - NORMAL) / (sent.std(0, np.float64) / np.sqrt(NUM_KEYS))
     assert errors.max() < allowed
-    correlation = np.corrcoef(sent.T) - np.eye(len(NORMAL))
-    assert np.abs(correlation).max() < 5.5 / np.sqrt(NUM_KEYS)
+    clients = np.corrcoef(sent[:200] - NORMAL) - np.eye(200)
+    assert abs(clients.mean()) < 0.01  # what one client's numbers have in common, another's have not
     assert not np.any(metrics["out_of_range"])
     nearest, _, total = through(fixed_point(rounding="nearest", **STEPS), many[:3])
     np.testing.assert_array_equal(nearest, np.broadcast_to(np.rint(NORMAL), (3, 64)))  # the same whatever the key
@@ -149,8 +149,9 @@ def test_rows_are_merged_before_they_are_rounded():
     assert not np.any(sent["item"].values)
 
 
-def test_the_bound_is_met_by_redrawing():
-    """Half steps, the worst for the norm: one draw in three would miss the bound."""
+def test_the_bound_is_met_by_redrawing(monkeypatch):
+    """Half steps, the worst for the norm, and independent draws: some miss the bound."""
+    monkeypatch.setattr(ring, "random_offsets", lambda key, size: jax.random.uniform(key, (size,), minval=1e-7))
     halves = np.random.default_rng(0).choice([-0.5, 0.5], size=(1, 203)).astype(np.float32)
     sent, metrics, _ = through(fixed_point(num_numbers=203, **STEPS), np.repeat(halves, 1000, 0))
     limit = rounded_norm_bound(joint_norm(halves), 203)
@@ -238,38 +239,3 @@ def test_words_are_summed_last():
     """Noise on words would be noise on something else."""
     with pytest.raises(ValueError, match="last one of the chain"):
         chain(clip_by_global_norm(1.0), fixed_point(num_numbers=3, **STEPS), ring_sum(), gaussian_noise(1.0))
-
-
-# Random words.
-
-
-@pytest.fixture(scope="module")
-def draws():
-    """From 100 split keys and 100 folded ones, 4,096 words each."""
-
-    @jax.jit
-    def words():
-        split, base = jax.random.split(jax.random.key(0), 100), jax.random.key(1)
-        folded = jax.vmap(lambda i: jax.random.fold_in(base, i))(jnp.arange(100))
-        return jax.vmap(lambda key: fast_bits(key, (64, 64)))(jnp.concatenate([split, folded]))
-
-    return np.asarray(words()).reshape(200, -1)
-
-
-def test_words_are_uniform(draws):
-    uniform = draws / 2.0**32
-    assert stats.kstest(uniform.reshape(-1), "uniform").pvalue > 1e-3
-    assert stats.kstest([stats.kstest(row, "uniform").pvalue for row in uniform], "uniform").pvalue > 1e-3
-    bits = (draws[..., None] >> np.arange(32, dtype=np.uint32)) & 1
-    assert np.abs(bits.mean((0, 1)) - 0.5).max() < 4.5 * 0.5 / np.sqrt(draws.size)
-    repeats = draws.size - len(np.unique(draws))
-    assert repeats < 150  # 78 are expected
-
-
-def test_words_are_uncorrelated(draws):
-    centred = draws / 2.0**32 - 0.5
-    keys = np.corrcoef(centred) - np.eye(200)
-    assert np.abs(keys).max() < 6 / 64
-    for lag in (1, 2, 3, 4, 8, 63, 64, 65, 1024):
-        product = centred[:, lag:] * centred[:, :-lag]
-        assert abs(product.mean()) < 4.5 / 12 / np.sqrt(product.size), lag

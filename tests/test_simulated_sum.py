@@ -12,16 +12,11 @@ from scipy import stats
 from secagg_world import plain_sum, vectors
 
 from fedjax_rec.security.graph import graph_parameters, neighbors
+from fedjax_rec.security.masks import _mask, _seeds, add_masked, plan_masks
 from fedjax_rec.security.secagg.config import SecAggConfig
 from fedjax_rec.security.secagg.session import secure_sum
 from fedjax_rec.security.secagg.stages import ProtocolError
-from fedjax_rec.security.simulated import (
-    add_masked,
-    plan_masks,
-    resolve_graph,
-    simulated_secure_sum,
-    simulated_sum,
-)
+from fedjax_rec.security.simulated import resolve_graph, simulated_secure_sum, simulated_sum
 
 
 def without(num_clients, num_dropped, seed=0):
@@ -175,3 +170,38 @@ def test_numbers_out_of_range():
         simulated_sum(vectors(2, 1), two, key=key, degree=1, threshold=2, min_clients=1)
     with pytest.raises(ValueError, match="threshold must be from 2 to 2"):
         simulated_sum(vectors(2, 1), two, key=key, degree=1, threshold=3)
+
+
+# What masks look like.
+
+
+@pytest.fixture(scope="module")
+def draws():
+    """200 masks of one round, 4,096 words each."""
+
+    @jax.jit
+    def words():
+        plan = plan_masks(jnp.ones(200, bool), jnp.ones(200, bool), jax.random.key(0))
+        numbers = jnp.arange(200, dtype=jnp.uint32)
+        return jax.vmap(lambda *seed: _mask(jnp.arange(4096, dtype=jnp.uint32), *seed))(*_seeds(numbers, plan))
+
+    return np.asarray(words())
+
+
+def test_words_are_uniform(draws):
+    uniform = draws / 2.0**32
+    assert stats.kstest(uniform.reshape(-1), "uniform").pvalue > 1e-3
+    assert stats.kstest([stats.kstest(row, "uniform").pvalue for row in uniform], "uniform").pvalue > 1e-3
+    bits = (draws[..., None] >> np.arange(32, dtype=np.uint32)) & 1
+    assert np.abs(bits.mean((0, 1)) - 0.5).max() < 4.5 * 0.5 / np.sqrt(draws.size)
+    repeats = draws.size - len(np.unique(draws))
+    assert repeats < 150  # 78 are expected
+
+
+def test_words_are_uncorrelated(draws):
+    centred = draws / 2.0**32 - 0.5
+    keys = np.corrcoef(centred) - np.eye(200)
+    assert np.abs(keys).max() < 6 / 64
+    for lag in (1, 2, 3, 4, 8, 63, 64, 65, 1024):
+        product = centred[:, lag:] * centred[:, :-lag]
+        assert abs(product.mean()) < 4.5 / 12 / np.sqrt(product.size), lag

@@ -95,6 +95,7 @@ def in_fixed_point(
         rounding=settings.rounding,
         rotation=settings.rotation,
         num_numbers=num_numbers,
+        count_clipped=math.isinf(l2_norm),
     )
 
 

@@ -16,8 +16,9 @@ from jax.experimental import io_callback
 
 from fedjax_rec.federated.rows import to_dense, zero_total
 from fedjax_rec.federated.transforms import Summation, UpdateTransform
+from fedjax_rec.security.masks import survivors_of
 from fedjax_rec.security.ring import to_words, words_server
-from fedjax_rec.security.simulated import check_dropout, sum_metrics, survivors_of
+from fedjax_rec.security.simulated import check_dropout, sum_metrics
 
 
 class NoSum(Exception):

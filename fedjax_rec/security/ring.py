@@ -15,8 +15,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from fedjax_rec.compression.quantize import random_offsets
 from fedjax_rec.compression.rotation import rotate, rotate_back, rotated_size
-from fedjax_rec.federated.fast_bits import fast_bits
 from fedjax_rec.federated.rows import is_rows, merge_duplicates, to_dense, whole_size
 from fedjax_rec.federated.transforms import PLAIN_SUM, Bound, UpdateTransform, Wire
 from fedjax_rec.privacy.discrete import rounded_norm_bound
@@ -41,13 +41,15 @@ def fixed_point(
     rounding: str = "stochastic",
     rotation: bool = False,
     num_numbers: int | None = None,
+    count_clipped: bool = True,
 ) -> UpdateTransform:
     """Rounds each client's update to ``bits`` signed bits a number; the server turns the sum of integers back.
 
     Between this link and the server's side of it, updates are float32 integers, in steps of
     ``granularity = largest / (2^(bits - 1) - 1)``. Numbers beyond ``largest`` are clipped to it and NaN becomes zero;
     the metric ``out_of_range`` is their share of the update. Stochastic rounding goes up or down with the probability
-    that keeps the mean, to within a float32's last bit, and zeros stay zeros.
+    that keeps the mean, to within a float32's last bit, and zeros stay zeros; the numbers of one client are rounded by
+    multiples of the golden ratio after one random word, each uniform and not independent (see `quantize`).
 
     With ``rotation`` the whole update is first turned by a randomised Hadamard rotation that the round's clients have
     in common, so that no number stands out: then few bits describe all of them, and none says which rows a client
@@ -66,6 +68,8 @@ def fixed_point(
       rotation: whether to rotate.
       num_numbers: most numbers in one client's update, padding included, as `largest_update` has it; with
         ``rotation``, numbers of whole tables. Needed for a bound, and so for any noise after it.
+      count_clipped: whether to give ``out_of_range``; behind a clip to ``largest`` it is zero, and counting takes longer
+        than rounding.
 
     Raises:
       ValueError: for numbers out of range, or if a sum could overflow.
@@ -93,8 +97,10 @@ def fixed_point(
         else:
             rounded, truncated = _round_at_random(values, num_rounded, key)
         leaves = [with_values(leaf, r) for leaf, r in zip(leaves, rounded, strict=True)]
-        out = sum(jnp.sum(~x) for x in inside) / size
-        return jax.tree.unflatten(structure, leaves), {"out_of_range": out, "truncated": truncated}
+        metrics = {"truncated": truncated}
+        if count_clipped:
+            metrics["out_of_range"] = sum(jnp.sum(~x) for x in inside) / size
+        return jax.tree.unflatten(structure, leaves), metrics
 
     def server(total, prepared, key):
         del key
@@ -230,9 +236,8 @@ def _round_at_random(values: list[jax.Array], num_rounded: int | None, key: jax.
 
 
 def _up_or_down(values: jax.Array, key: jax.Array) -> jax.Array:
-    """The nearest integer to the value plus a uniform number between -1/2 and 1/2."""
-    mantissa = (fast_bits(key, values.shape) >> 9) | jnp.uint32(0x3F800000)
-    return _nearest(values + (jax.lax.bitcast_convert_type(mantissa, jnp.float32) - 1.5))
+    """The nearest integer to the value plus a number between -1/2 and 1/2, uniform for each by itself."""
+    return _nearest(values + (random_offsets(key, values.size).reshape(values.shape) - 0.5))
 
 
 def _nearest(values: jax.Array) -> jax.Array:

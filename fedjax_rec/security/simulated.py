@@ -9,102 +9,16 @@ costs at the speed of a simulation. `crypto_secure_sum` runs the protocol with r
 """
 
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from fedjax_rec.federated.fast_bits import mix, seed_words
-from fedjax_rec.federated.rows import add_to_total, zero_total
-from fedjax_rec.federated.transforms import Summation, UpdateTransform, select_update
+from fedjax_rec.federated.rows import zero_total
+from fedjax_rec.federated.transforms import Summation, UpdateTransform
 from fedjax_rec.security.graph import graph_parameters, protocol_bytes
+from fedjax_rec.security.masks import add_masked, plan_masks, remove_masks, survivors_of
 from fedjax_rec.security.ring import to_words, words_server
-
-_MASKS_AT_ONCE = 8  # in one pass over the sum
-
-
-class MaskPlan(NamedTuple):
-    """Who masks with whom in one round, and who will drop out before sending.
-
-    Attributes:
-      place: int32 ``[clients]``, where each stands on the circle; the cohort takes the first ``size`` places.
-      survives: bool ``[clients]``, who sends.
-      survives_at: bool ``[clients]``, the same by place.
-      size: int32 scalar, clients of the cohort.
-      first, second: uint32 scalars, the round's seed.
-    """
-
-    place: jax.Array
-    survives: jax.Array
-    survives_at: jax.Array
-    size: jax.Array
-    first: jax.Array
-    second: jax.Array
-
-
-def survivors_of(in_cohort: jax.Array, key: jax.Array, dropout_prob: float) -> jax.Array:
-    """bool ``[clients]``: who of the cohort does not drop out, each by a coin of its own."""
-    return in_cohort & (jax.random.uniform(key, in_cohort.shape) >= dropout_prob)
-
-
-def plan_masks(in_cohort: jax.Array, survives: jax.Array, key: jax.Array) -> MaskPlan:
-    """A random circle of the cohort, and the round's seed."""
-    order_key, seed_key = jax.random.split(key)
-    lots = jax.random.bits(order_key, in_cohort.shape, jnp.uint32) >> 1
-    order = jnp.argsort(jnp.where(in_cohort, lots, jnp.uint32(2**32 - 1)))
-    place = jnp.zeros_like(order).at[order].set(jnp.arange(len(order), dtype=order.dtype))
-    return MaskPlan(place, survives, survives[order], in_cohort.sum(), *seed_words(seed_key))
-
-
-def add_masked(total: Any, words: Any, client_ids: jax.Array, active: jax.Array, plan: MaskPlan, degree: int) -> Any:
-    """Adds the masked uploads of a chunk of clients to a sum: their words, and the masks of those who send.
-
-    Args:
-      total: pytree of uint32 arrays.
-      words: updates of the chunk, leaves ``[chunk, ...]``.
-      client_ids: int32 ``[chunk]``.
-      active: bool ``[chunk]``.
-      plan: of the round.
-      degree: neighbours per client.
-    """
-    sends = active & plan.survives.at[client_ids].get(mode="fill", fill_value=False)
-    total = add_to_total(total, jax.vmap(select_update)(sends, words))
-    place = plan.place.at[client_ids].get(mode="clip")[:, None]
-    steps = jnp.arange(1, _half(degree) + 1, dtype=place.dtype)[None]
-    ahead, behind = (
-        _edge(place, steps, plan, degree),
-        _edge((place - steps) % _at_least(plan.size), steps, plan, degree),
-    )
-    masks = jnp.concatenate([_self_mask(place, plan, degree), ahead, behind], axis=1)
-    signs = jnp.where(jnp.arange(masks.shape[1])[None] <= steps.size, 1, -1)
-    signs = jnp.where(sends[:, None], signs, 0)
-    return _add_masks(total, masks.reshape(-1), signs.reshape(-1), masks.size, plan)
-
-
-def remove_masks(total: Any, plan: MaskPlan, degree: int, threshold: int, min_clients: int) -> tuple[Any, jax.Array]:
-    """Takes out what is left of the masks; returns the sum and whether there is one.
-
-    There is none, and zeros are returned, with fewer than ``min_clients`` survivors, or if of some client fewer than
-    ``threshold`` of those who hold its shares, itself and its neighbours, are left.
-    """
-    num_clients, half = len(plan.place), _half(degree)
-    place = jnp.arange(num_clients)[:, None]
-    steps = jnp.arange(1, half + 1)[None]
-    there = (place < plan.size) & plan.survives_at[:, None]
-    ahead = plan.survives_at[(place + steps) % _at_least(plan.size)] & (place < plan.size)
-    behind = plan.survives_at[(place - steps) % _at_least(plan.size)] & (place < plan.size)
-    # The end that is ahead has subtracted the edge's mask, the other one has added it.
-    left_over = ahead.astype(jnp.int32) - there.astype(jnp.int32)
-    masks = jnp.concatenate([_self_mask(place, plan, degree), _edge(place, steps, plan, degree)], axis=1).reshape(-1)
-    signs = jnp.concatenate([-there.astype(jnp.int32), jnp.where(place < plan.size, left_over, 0)], axis=1).reshape(-1)
-    found = jnp.flatnonzero(signs, size=signs.size, fill_value=signs.size)
-    masks, signs = masks.at[found].get(mode="clip"), signs.at[found].get(mode="fill", fill_value=0)
-    total = _add_masks(total, masks, signs, jnp.sum(signs != 0), plan)
-    num_survivors = plan.survives_at.sum()
-    holders = there[:, 0] + ahead.sum(1) + behind.sum(1)
-    holders = jnp.where(plan.size <= 2 * half, num_survivors, holders)
-    enough = jnp.all((holders >= threshold) | (place[:, 0] >= plan.size)) & (num_survivors >= min_clients)
-    return jax.tree.map(lambda x: jnp.where(enough, x, 0), total), enough
 
 
 def simulated_sum(
@@ -230,43 +144,3 @@ def resolve_graph(degree: int | None, threshold: int | None, num_clients: int | 
     if not 2 <= threshold <= degree + 1:
         raise ValueError(f"threshold must be from 2 to {degree + 1}, the holders of a secret; got {threshold}.")
     return degree, threshold
-
-
-def _half(degree: int) -> int:
-    return -(-degree // 2)
-
-
-def _at_least(size):
-    return jnp.maximum(size, 1)
-
-
-def _self_mask(place, plan: MaskPlan, degree: int):
-    return (len(plan.place) * _half(degree) + place).astype(jnp.uint32)
-
-
-def _edge(place, steps, plan: MaskPlan, degree: int):
-    """The number of the mask between ``place`` and ``place + steps``."""
-    return (place * _half(degree) + steps - 1).astype(jnp.uint32)
-
-
-def _add_masks(total: Any, masks: jax.Array, signs: jax.Array, count: jax.Array | int, plan: MaskPlan) -> Any:
-    """Adds the first ``count`` masks, each times its sign, to every word of a pytree."""
-    size = -(-masks.size // _MASKS_AT_ONCE) * _MASKS_AT_ONCE
-    first = jnp.pad(mix(masks, plan.first, plan.second), (0, size - masks.size))
-    second = jnp.pad(mix(masks, plan.second, ~plan.first), (0, size - masks.size))
-    signs = jnp.pad(signs.astype(jnp.int32), (0, size - masks.size)).astype(jnp.uint32)
-    leaves, structure = jax.tree.flatten(total)
-    ends = [sum(x.size for x in leaves[: i + 1]) for i in range(len(leaves))]
-
-    def some(i, leaves):
-        seeds = [jax.lax.dynamic_slice(x, (i * _MASKS_AT_ONCE,), (_MASKS_AT_ONCE,)) for x in (first, second, signs)]
-        new = []
-        for leaf, end in zip(leaves, ends, strict=True):
-            counter = jnp.arange(end - leaf.size, end, dtype=jnp.uint32).reshape(leaf.shape)
-            for j in range(_MASKS_AT_ONCE):
-                leaf = leaf + seeds[2][j] * mix(counter, seeds[0][j], seeds[1][j])
-            new.append(leaf)
-        return new
-
-    trips = (count + _MASKS_AT_ONCE - 1) // _MASKS_AT_ONCE
-    return jax.tree.unflatten(structure, jax.lax.fori_loop(0, trips, some, leaves))
