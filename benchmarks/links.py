@@ -173,7 +173,8 @@ def page(lines: Sequence[dict]) -> str:
     return (
         "# What links add to a round\n\n"
         f"Federated matrix factorisation, {plain['num_clients']} clients in every round, four negatives an "
-        f"interaction, dim 32; {first} full-batch step a client unless said. Bytes are of a client and round, padding included.\n\n"
+        f"interaction, dim 32; {first} full-batch step a client unless said. Bytes are of a client and round, padding "
+        "included.\n\n"
         f"{to_markdown(Table(columns, rows))}\n\n"
         f"Written by `python -m benchmarks.links`; processor time, medians of {plain['turns']} turns of "
         f"{plain['span']} rounds. Device "

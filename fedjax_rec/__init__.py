@@ -94,7 +94,19 @@ from fedjax_rec.security.encrypted import encrypted_sum
 from fedjax_rec.security.fltrust import fltrust
 from fedjax_rec.security.ring import fixed_point, ring_sum
 from fedjax_rec.security.robust import clip_by_row_norm, krum, median, multi_krum, trimmed_mean
-from fedjax_rec.security.simulated import simulated_secure_sum
+from fedjax_rec.security.simulated import simulated_secure_sum, simulated_sum
+
+# isort: split
+# Attacks: what uploads give away, and what malicious clients do.
+from fedjax_rec.attacks.attributes import infer_attributes
+from fedjax_rec.attacks.fake_users import fake_profiles, with_fake_users
+from fedjax_rec.attacks.interactions import infer_interactions
+from fedjax_rec.attacks.poisoned_uploads import a_hum, adaptive, explicit_boosting, fedrecattack
+from fedjax_rec.attacks.poisoning import poisoned
+from fedjax_rec.attacks.poisoning_targets import exposure, target_cases
+from fedjax_rec.attacks.rating_inversion import invert_ratings
+from fedjax_rec.attacks.uploads import observed_uploads, secure_sums
+from fedjax_rec.security.padding import pad_rows
 
 # isort: split
 # Evaluation.

@@ -8,7 +8,7 @@ import numpy as np
 from fedjax_rec.federated.transforms import UpdateTransform
 from fedjax_rec.security.graph import graph_parameters
 from fedjax_rec.security.host_sum import NoSum, host_sum
-from fedjax_rec.security.simulated import protocol_traffic
+from fedjax_rec.security.simulated import protocol_traffic, resolve_graph
 
 
 def crypto_secure_sum(
@@ -50,6 +50,8 @@ def crypto_secure_sum(
         return HostSum(config, entropy=entropy)
 
     make(1)  # what cannot work is refused before training
+    if degree is not None:
+        resolve_graph(degree, threshold, num_clients)
 
     class Session:
         """A `SumSession`."""
@@ -70,8 +72,7 @@ def crypto_secure_sum(
             except ProtocolError as error:
                 raise NoSum from error
 
-    if degree is None and num_clients is not None:
-        degree = graph_parameters(num_clients).degree
-    traffic = {} if degree is None else protocol_traffic(degree, num_clients or degree + 1)
+    counted = graph_parameters(num_clients).degree if degree is None and num_clients is not None else degree
+    traffic = {} if counted is None else protocol_traffic(counted, num_clients or counted + 1)
     least = max(min_clients, threshold or 0)
     return host_sum(Session(), min_clients=least, dropout_prob=dropout_prob)._replace(**traffic)

@@ -68,8 +68,8 @@ def fixed_point(
       rotation: whether to rotate.
       num_numbers: most numbers in one client's update, padding included, as `largest_update` has it; with
         ``rotation``, numbers of whole tables. Needed for a bound, and so for any noise after it.
-      count_clipped: whether to give ``out_of_range``; behind a clip to ``largest`` it is zero, and counting takes longer
-        than rounding.
+      count_clipped: whether to give ``out_of_range``; behind a clip to ``largest`` it is zero, and counting takes
+        longer than rounding.
 
     Raises:
       ValueError: for numbers out of range, or if a sum could overflow.
