@@ -161,6 +161,7 @@ def test_numbers_out_of_range():
         ({"dropout_prob": 1.0, "num_clients": 5}, "dropout_prob must be at least 0 and below 1"),
         ({"degree": 4, "threshold": 1}, "threshold must be from 2 to 5"),
         ({"degree": 4, "threshold": 6}, "threshold must be from 2 to 5"),
+        ({"degree": 5, "num_clients": 7}, "degree must be even for 7 clients"),
         ({"threshold": 3}, "Give degree and threshold, or num_clients"),
         ({}, "Give degree and threshold, or num_clients"),
     ):

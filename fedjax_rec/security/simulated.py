@@ -140,8 +140,10 @@ def resolve_graph(degree: int | None, threshold: int | None, num_clients: int | 
         if threshold is not None or num_clients is None:
             raise ValueError("Give degree and threshold, or num_clients, from which both follow.")
         return tuple(graph_parameters(num_clients))
-    if degree % 2:
-        raise ValueError(f"degree must be even, half of the neighbours on either side of the circle; got {degree}.")
+    if degree % 2 and num_clients is not None and num_clients > degree + 1:
+        raise ValueError(
+            f"degree must be even for {num_clients} clients, half on either side of the circle; got {degree}."
+        )
     threshold = (degree + 1) // 2 + 1 if threshold is None else threshold
     if not 2 <= threshold <= degree + 1:
         raise ValueError(f"threshold must be from 2 to {degree + 1}, the holders of a secret; got {threshold}.")
