@@ -116,14 +116,18 @@ def _check_refusals(transforms: UpdateTransform, sampler: Sampler) -> None:
             "add-or-remove-one has to hide. Use full_participation(n, relation='replace_one') or fixed_size."
         )
     expected, least = sampler.expected_size, summation.min_clients
-    if "poisson" in sampler.name:
-        # Chernoff's bound on a sum of coins of that mean.
-        short = expected <= least or least * math.log(least / expected) + expected - least < _LOG_NEVER
-    else:
-        short = math.floor(expected) - 1 < least
-    if short:
+    if not surely_more(sampler, least):
         raise ValueError(
             f"Sums of fewer than {least} clients are refused, and a cohort of {expected:g} in expectation may be short "
             "of one: whether there is a sum would then tell that one's presence. Lower min_clients, or use larger "
             "cohorts or fixed_size ones."
         )
+
+
+def surely_more(sampler: Sampler, least: int) -> bool:
+    """Whether cohorts have more than ``least`` clients: always, or where coins decide, but for a chance of 1e-12."""
+    expected = sampler.expected_size
+    if "poisson" not in sampler.name:
+        return math.floor(expected) > least
+    # Chernoff's bound on a sum of coins of that mean.
+    return least < expected and least * math.log(least / expected) + expected - least >= _LOG_NEVER

@@ -134,8 +134,8 @@ class UploadConfig:
     rotation: bool = False
     """Turn updates by a random Hadamard rotation first, so that few bits describe them well."""
     min_clients: int | None = None
-    """Fewer survivors than these get no sum; half the cohort by default, all but --upload.planned-dropout of it with
-    noise in shares."""
+    """Fewer survivors than these get no sum; by default half the cohort (less of a small one that coins decide), or
+    all but --upload.planned-dropout of it with noise in shares."""
     dropout_prob: float = 0.0
     """Chance of each client to drop out of a secure sum before it sends."""
     planned_dropout: float = 0.1

@@ -11,6 +11,7 @@ from fedjax_rec.compression.rand_k import rand_k
 from fedjax_rec.compression.sketch import count_sketch
 from fedjax_rec.compression.top_k import top_k
 from fedjax_rec.federated.cohort import Sampler
+from fedjax_rec.federated.releases import surely_more
 from fedjax_rec.federated.transforms import UNBOUNDED, UpdateTransform, chain
 from fedjax_rec.runs.config import TrainConfig, UploadConfig
 from fedjax_rec.security.crypto_sum import crypto_secure_sum
@@ -129,8 +130,10 @@ def least_clients(config: TrainConfig, sampler: Sampler) -> int:
     settings, expected = config.upload, sampler.expected_size
     if settings.min_clients is not None:
         return settings.min_clients
-    share = 1 - settings.planned_dropout if config.privacy.in_shares else 0.5
-    return max(2, math.floor(share * expected + 1e-9))
+    if config.privacy.in_shares:
+        return max(2, math.floor((1 - settings.planned_dropout) * expected + 1e-9))
+    # Of cohorts that coins decide, less than half where one client more or less could decide whether there is a sum.
+    return next((least for least in range(int(expected / 2), 2, -1) if surely_more(sampler, least)), 2)
 
 
 def most_clients(sampler: Sampler) -> int:
