@@ -77,6 +77,7 @@ ROWS: tuple[tuple[str, Callable[[int], fr.UpdateTransform]], ...] = (
     ("simulated secure sum, 14 neighbours", lambda size: fr.chain(integers(), secure_sum(degree=14))),
     ("simulated secure sum, 88 neighbours", lambda size: fr.chain(integers(), secure_sum())),
 )
+SMOKE_LINKS = ("drive, 1 bit", "top 10 % of rows", "count sketch, 48 rows", "simulated secure sum, 14 neighbours")
 
 
 def make_population(data_dir: Path | None, smoke: bool, num_steps: int) -> tuple[fr.Algorithm, fr.ClientData]:
@@ -200,7 +201,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     os.environ.setdefault("NPROC", "1")  # read when JAX first looks for devices
     if args.smoke:
         args.turns, args.span = 2, 2
-    names = {NONE, *(args.link or [name for name, _ in ROWS])}
+    default = SMOKE_LINKS if args.smoke else [name for name, _ in ROWS]
+    names = {NONE, *(args.link or default)}
     lines = measure(
         names, data_dir=args.data_dir, smoke=args.smoke, turns=args.turns, span=args.span, num_steps=args.steps
     )
