@@ -72,6 +72,8 @@ def test_the_noise_spends_the_budget_and_no_more(settings, sampler):
         ({}, {"compression": "drive"}),
         ({}, {"compression": "rand_k", "sum": "simulated"}),
         ({}, {"compression": "count_sketch"}),
+        ({"clip": "adaptive"}, {"compression": "drive"}),
+        ({"clip": "per_table"}, {"compression": "low_rank", "sum": "simulated"}),
     ],
     ids=str,
 )

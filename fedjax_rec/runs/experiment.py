@@ -241,6 +241,7 @@ def prepare(config: TrainConfig, *, data: Data | None = None, keys: RoundKeys | 
     smaller = compression(config.upload, num_items=train.num_items)
     if config.private:
         size = largest_update(algorithm, data.clients, smaller, whole=config.upload.rotation)
+        size += config.privacy.clip == "adaptive"  # which sends whether it clipped beside the update
         plan = plan_privacy(config, sampler, num_clients=num_clients, update_size=size, num_items=train.num_items)
         transforms = plan.transforms
         warnings += plan_warnings(config, plan, sampler, num_clients)

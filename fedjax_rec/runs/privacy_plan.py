@@ -24,7 +24,7 @@ from fedjax_rec.privacy.noise import MOST_INTEGER_STDDEV
 from fedjax_rec.privacy.schedule import geometric, scheduled_gaussian
 from fedjax_rec.privacy.strategies import banded_toeplitz, tree
 from fedjax_rec.runs.config import PrivacyConfig, TrainConfig
-from fedjax_rec.runs.uploads import compressed, compression, in_fixed_point, least_clients, way_to_sum
+from fedjax_rec.runs.uploads import compression, in_fixed_point, least_clients, way_to_sum
 from fedjax_rec.security.distributed import discrete_gaussian_shares, skellam_shares, without_colluders
 
 # Steps of the grid up to the clip norm, for each square root of the numbers in an update: with ten of them, rounding
@@ -80,7 +80,9 @@ def private_chain(
     Returns:
       `UpdateTransform`.
     """
-    clip = compressed(_clip(config.privacy, noise_multiplier, sampler), compression(config.upload, num_items=num_items))
+    # Compression first: some of it lengthens an update, and the clip has to bound what is summed.
+    smaller = compression(config.upload, num_items=num_items)
+    clip = chain(smaller, _clip(config.privacy, noise_multiplier, sampler))
     if config.upload.sum != "float":
         shares = noise_multiplier if config.privacy.in_shares else 0.0
         norm = clip.sensitivity(UNBOUNDED).l2

@@ -12,7 +12,7 @@ from fedjax_rec.compression.sketch import count_sketch
 from fedjax_rec.compression.top_k import top_k
 from fedjax_rec.federated.cohort import Sampler
 from fedjax_rec.federated.releases import surely_more
-from fedjax_rec.federated.transforms import UNBOUNDED, UpdateTransform, chain
+from fedjax_rec.federated.transforms import UpdateTransform, chain
 from fedjax_rec.runs.config import TrainConfig, UploadConfig
 from fedjax_rec.security.crypto_sum import crypto_secure_sum
 from fedjax_rec.security.encrypted import encrypted_sum
@@ -47,23 +47,6 @@ def compression(settings: UploadConfig, *, num_items: int) -> UpdateTransform:
         case "item_subset":
             links.append(item_subset(share))
     return chain(*links)
-
-
-def compressed(clip: UpdateTransform, made: UpdateTransform) -> UpdateTransform:
-    """Clip, compression, and the clip once more where what is decoded can be longer than the clip allowed.
-
-    Raises:
-      ValueError: if that clip cannot be repeated, because it keeps a state or changes the update's structure.
-    """
-    bound, after = clip.sensitivity(UNBOUNDED), chain(clip, made).sensitivity(UNBOUNDED)
-    if after.l2 <= bound.l2 * (1 + 1e-6):
-        return chain(clip, made)
-    if clip.init(None) != ():
-        raise ValueError(
-            "This compression can lengthen an update, so the clip must come again after it, which an adaptive clip "
-            "cannot; use --privacy.clip joint, or --upload.compression rand_k, low_rank or item_subset."
-        )
-    return chain(clip, made, clip)
 
 
 def in_fixed_point(

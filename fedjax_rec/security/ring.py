@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from fedjax_rec.compression.quantize import random_offsets
 from fedjax_rec.compression.rotation import rotate, rotate_back, rotated_size
 from fedjax_rec.federated.rows import is_rows, merge_duplicates, to_dense, whole_size
-from fedjax_rec.federated.transforms import PLAIN_SUM, Bound, UpdateTransform, Wire
+from fedjax_rec.federated.transforms import PLAIN_SUM, Bound, UpdateTransform, Wire, plain_wire
 from fedjax_rec.privacy.discrete import rounded_norm_bound
 
 RING_BITS = 32
@@ -118,7 +118,9 @@ def fixed_point(
         return Bound(min(math.sqrt(num_rounded) * l2, l2**2), l2, bound.noised, integers=not bound.noised)
 
     def upload(wire, update):
-        numbers = whole_size(update) if wire.side_bits else wire.numbers  # rows with ids become whole tables
+        numbers = wire.numbers
+        if wire.side_bits:  # rows with ids become whole tables
+            numbers += whole_size(update) - plain_wire(update).numbers
         return Wire(rotated_size(int(numbers)) if rotation else numbers, RING_BITS)
 
     return UpdateTransform(
