@@ -285,9 +285,9 @@ def _summation_of(links) -> Summation | None:
     summation = last.summation
     if not summation.individual and not all(link.linear for link in links):
         raise ValueError(
-            "A secure sum, and the open one that it equals, adds up what clients send before anything is decoded, and a "
-            "link before it is decoded client by client (top-k, scales or factors of a client's own). Use a linear one: rand_k, count_sketch, low_rank "
-            "or item_subset."
+            "A secure sum, and the open one that it equals, adds up what clients send before anything is decoded, and "
+            "a link before it is decoded client by client (top-k, scales or factors of a client's own). Use a linear "
+            "one: rand_k, count_sketch, low_rank or item_subset."
         )
     return summation._replace(
         add=lambda total, updates, ids, active, prepared: summation.add(total, updates, ids, active, prepared[-1]),
