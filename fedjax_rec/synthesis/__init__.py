@@ -1,0 +1,1 @@
+"""Virtual users: histories drawn from what was released, to hand out in place of real ones."""
