@@ -14,6 +14,7 @@ from fedjax_rec.data.frozen import freeze as freeze
 from fedjax_rec.data.frozen import load_frozen as load_frozen
 from fedjax_rec.data.interactions import Interactions as Interactions
 from fedjax_rec.data.interactions import from_rows as from_rows
+from fedjax_rec.data.parquet import write_interactions as write_interactions
 from fedjax_rec.data.sources import DATASETS as DATASETS
 from fedjax_rec.data.sources import SPLITS as SPLITS
 from fedjax_rec.data.sources import load as load

@@ -9,9 +9,10 @@ import numpy as np
 
 from fedjax_rec.data.archive import read_bytes
 from fedjax_rec.data.interactions import Interactions, from_rows
+from fedjax_rec.data.parquet import NULL, read_parquet
 from fedjax_rec.data.tables import decode, read_columns, read_lists
 
-FORMATS = ("named", "inter", "triplets", "lists")
+FORMATS = ("named", "inter", "triplets", "lists", "parquet")
 # suffix -> format and separator; a trailing .gz is looked through
 _BY_SUFFIX = {
     ".csv": ("named", ","),
@@ -23,6 +24,7 @@ _BY_SUFFIX = {
     ".test": ("triplets", "\t"),
     ".dat": ("triplets", "::"),
     ".txt": ("lists", " "),
+    ".parquet": ("parquet", ","),
 }
 _GUESSES = {
     "user": {"user", "userid", "uid", "reviewerid", "customerid", "visitorid"},
@@ -62,7 +64,8 @@ def load_file(
 
     Formats, chosen by suffix unless named: "named" (`.csv`, `.tsv`: a header, columns found by name), "inter"
     (`.inter`: RecBole's typed header `user_id:token ...`), "triplets" (`.rating`, `.data`, `.base`, `.test`, `.dat`: no
-    header, `user item [rating [timestamp]]`), "lists" (`.txt`: `user item item ...`).
+    header, `user item [rating [timestamp]]`), "lists" (`.txt`: `user item item ...`), "parquet" (`.parquet`: columns
+    found by name, and `user:NAME` for user attributes, as `write_interactions` writes them; a null rating is unknown).
 
     Args:
       path: the file.
@@ -93,8 +96,10 @@ def load_file(
     usual_format, usual_separator = _BY_SUFFIX.get(suffix, ("triplets", "\t"))
     format, separator = format or usual_format, separator or usual_separator
     asked = {"user": user_column, "item": item_column, "rating": rating_column, "timestamp": timestamp_column}
-    if format not in ("named", "inter") and any(asked.values()):
+    if format not in ("named", "inter", "parquet") and any(asked.values()):
         raise ValueError(f"{path.name} is read as {format!r}, which has no column names; drop the *_column options.")
+    if format == "parquet":
+        return _from_parquet(path, asked, name=name or path.name, rating_range=rating_range, strict=strict)
     data = read_bytes(path).removeprefix(b"\xef\xbb\xbf")
     if not data.strip():
         raise ValueError(f"{path} is empty; fetch it again.")
@@ -191,6 +196,32 @@ def _to_ids(tokens: np.ndarray, interactions: Interactions, *, what: str, ids: s
     return result.astype(np.int32)
 
 
+def _from_parquet(path: Path, asked: dict[str, str | None], *, name: str, rating_range, strict: bool) -> Interactions:
+    names, columns, attributes = read_parquet(path)
+    places = _places_by_name(names, asked, path=path)
+    table = {key: columns[names[place]] for key, place in places.items()}
+    for key in ("user", "item"):
+        if table[key].dtype.kind == "f":  # integers with nulls
+            known = np.isfinite(table[key])
+            table[key] = np.where(known, np.char.mod("%d", np.where(known, table[key], 0)), "")
+    for key in ("rating", "timestamp"):
+        if key in table and table[key].dtype.kind not in "if":
+            raise ValueError(f"The column {names[places[key]]!r} of {path} holds no numbers; pass {key}_column=.")
+    interactions = from_rows(
+        table["user"],
+        table["item"],
+        ratings=table.get("rating"),
+        timestamps=table.get("timestamp"),
+        name=name,
+        rating_range=rating_range,
+        unknown_rating=NULL,
+        strict=strict,
+        source=str(path),
+    )
+    first_row = interactions.file_rows[interactions.offsets[:-1]]
+    return dataclasses.replace(interactions, user_attributes={key: v[first_row] for key, v in attributes.items()})
+
+
 def _from_lists(data: bytes, *, path: Path, name: str, strict: bool) -> Interactions:
     tokens, lengths = read_lists(data, source=str(path))
     starts = np.cumsum(lengths) - lengths
@@ -243,6 +274,12 @@ def _named_columns(
             f'Line 1 of {path} holds only numbers and no column names; pass format="triplets" to read '
             f"user{separator}item[{separator}rating[{separator}timestamp]]."
         )
+    return _places_by_name(names, asked, path=path, separated=f", separated by {separator!r}")
+
+
+def _places_by_name(
+    names: list[str], asked: dict[str, str | None], *, path: Path, separated: str = ""
+) -> dict[str, int]:
     plain = [re.sub(r"[^a-z]", "", field.lower()) for field in names]
     places: dict[str, int] = {}
     for key, column in asked.items():
@@ -253,8 +290,8 @@ def _named_columns(
         )
         if not matches and key in ("user", "item"):
             raise ValueError(
-                f"No column of {path} looks like {key} ids (columns: {', '.join(names)}, separated by {separator!r}); "
-                f"pass {key}_column= or separator=."
+                f"No column of {path} looks like {key} ids (columns: {', '.join(names)}{separated}); "
+                f"pass {key}_column={' or separator=' if separated else ''}."
             )
         if len(matches) > 1:
             found = ", ".join(names[place] for place in matches)
