@@ -178,6 +178,10 @@ def test_earlier_releases_count_and_stop_a_fit_before_it_releases():
     method = _toy()._replace(fit=never)
     with pytest.raises(BudgetExceeded, match="nothing released"):
         fit_generator(method, data, epsilon=2.0, key=jax.random.key(0), ledger=earlier)
+    little = Ledger().record(GaussianDpEvent(3.0), phase="popularity", released="counts")
+    fitted = fit_generator(_toy(), data, epsilon=2.0, key=jax.random.key(0), ledger=little)
+    assert [entry.phase for entry in fitted.ledger.entries] == ["popularity", "lengths", "training"]
+    assert 1.99 < fitted.spent.epsilon <= 2.0
 
 
 def test_a_method_that_forgets_to_charge_is_refused():

@@ -226,7 +226,7 @@ class SolvedPlan:
         return points, epsilon_after(some, points.tolist(), delta=self.plan.delta, relation=relation)
 
 
-def solve(plan: Plan) -> SolvedPlan:
+def solve(plan: Plan, *, prior: DpEvent | None = None) -> SolvedPlan:
     """Solves for the one scale at which all phases together meet the plan's epsilon, from below.
 
     Guarantee: all releases of the plan together are (epsilon, delta)-differentially private for the plan's unit and
@@ -234,17 +234,24 @@ def solve(plan: Plan) -> SolvedPlan:
     kept secret, no round more. Phases may depend on the outputs of earlier ones, but the noise and the number of rounds
     of the plan may not.
 
+    Args:
+      plan: what will be released.
+      prior: what was released before on the same users: it is part of the epsilon, and of `SolvedPlan.spent`.
+
     Raises:
       ValueError: a sentence, if no accountant applies, or no noise reaches the target, or all noise is given and
         exceeds it.
     """
     claim = {"delta": plan.delta, "relation": plan.relation, "unit": plan.unit}
+
+    def everything(z: float) -> DpEvent:
+        made = _event(plan.phases, z, plan.num_users)
+        return made if prior is None else ComposedDpEvent([prior, made])
+
     scale = None
     if any(phase.free for phase in plan.phases):
-        scale = calibrate_noise_multiplier(
-            lambda z: _event(plan.phases, z, plan.num_users), target_epsilon=plan.epsilon, **claim
-        ).noise_multiplier
-    spent = accounting.privacy_spent(_event(plan.phases, scale or 1.0, plan.num_users), **claim)
+        scale = calibrate_noise_multiplier(everything, target_epsilon=plan.epsilon, **claim).noise_multiplier
+    spent = accounting.privacy_spent(everything(scale or 1.0), **claim)
     if spent.epsilon > plan.epsilon:
         raise ValueError(
             f"The given noise spends epsilon {spent.epsilon:.4g} at delta {plan.delta:g}, above the plan's "
@@ -255,8 +262,8 @@ def solve(plan: Plan) -> SolvedPlan:
         noise = phase.noise_multipliers(scale or 1.0)
         alone = accounting.privacy_spent(_event((phase,), scale or 1.0, plan.num_users), **claim).epsilon
         before = plan.phases[: index + 1]
-        after = spent.epsilon if len(before) == len(plan.phases) else alone
-        if 0 < index < len(plan.phases) - 1:
+        after = spent.epsilon if len(before) == len(plan.phases) and prior is None else alone
+        if 0 < index < len(plan.phases) - (prior is None):
             after = accounting.privacy_spent(_event(before, scale or 1.0, plan.num_users), **claim).epsilon
         found[phase.name] = PhaseNoise(noise, alone, after, _snr(phase, noise, plan.num_users))
     return SolvedPlan(plan, scale, spent, found)

@@ -1,8 +1,6 @@
 """From a budget to a fitted generator: the noise of all releases solved together, and each of them charged."""
 
-import dataclasses
 import math
-from collections.abc import Mapping
 from typing import NamedTuple
 
 import jax
@@ -11,7 +9,7 @@ import numpy as np
 from fedjax_rec.data.interactions import Interactions
 from fedjax_rec.privacy.accounting import PrivacySpent
 from fedjax_rec.privacy.budget import Phase, Plan, SolvedPlan, solve
-from fedjax_rec.privacy.ledger import Budget, Ledger
+from fedjax_rec.privacy.ledger import Budget, BudgetExceeded, Ledger
 from fedjax_rec.synthesis.generator import Generator
 from fedjax_rec.synthesis.lengths import DpLengths, dp_lengths
 from fedjax_rec.synthesis.methods import Method, Report, quiet
@@ -43,7 +41,7 @@ def usual_delta(num_users: int) -> float:
 
 
 def solve_phases(
-    method: Method, *, num_users: int, num_items: int, epsilon: float, delta: float, given: Mapping[str, float] = {}
+    method: Method, *, num_users: int, num_items: int, epsilon: float, delta: float, ledger: Ledger | None = None
 ) -> SolvedPlan:
     """The noise of every release of a method, the lengths included, within one epsilon.
 
@@ -53,19 +51,20 @@ def solve_phases(
       num_items: of the catalogue, public.
       epsilon: for all of them together, finite.
       delta: of the guarantee.
-      given: noise multipliers by phase name that are fixed already; the rest is solved for.
+      ledger: what was released before on the same users, which counts against epsilon.
 
     Raises:
-      ValueError: a sentence, if no noise reaches the target, or a phase of that name is not in the plan.
+      BudgetExceeded: if the earlier releases leave nothing.
+      ValueError: a sentence, if no noise reaches the target.
     """
-    phases = (Phase(LENGTHS, weight=LENGTHS_WEIGHT), *method.phases(num_users, num_items))
-    for name, noise in given.items():
-        if name not in {phase.name for phase in phases}:
-            raise ValueError(f"{method.name} has no phase {name!r}; it has {', '.join(p.name for p in phases)}.")
-        phases = tuple(
-            dataclasses.replace(p, weight=None, noise_multiplier=noise) if p.name == name else p for p in phases
+    prior = ledger.event if ledger is not None and ledger.entries else None
+    if prior is not None and (before := ledger.spent(delta)).epsilon >= epsilon:
+        raise BudgetExceeded(
+            f"The ledger has spent epsilon {before.epsilon:.6g} at delta {delta:g} ({before.unit}-level, "
+            f"{before.relation}) already, and the budget is {epsilon:g}; nothing released. Raise the budget."
         )
-    return solve(Plan(phases=phases, epsilon=epsilon, delta=delta, num_users=num_users))
+    phases = (Phase(LENGTHS, weight=LENGTHS_WEIGHT), *method.phases(num_users, num_items))
+    return solve(Plan(phases=phases, epsilon=epsilon, delta=delta, num_users=num_users), prior=prior)
 
 
 def fit_generator(
@@ -112,7 +111,9 @@ def fit_generator(
         lengths = dp_lengths(train, noise_multiplier=0.0, key=length_key)
         return Fitted(method.fit(train, noise, fit_key, report), lengths, ledger, None)
     delta = usual_delta(num_users) if delta is None else delta
-    solved = solve_phases(method, num_users=num_users, num_items=train.num_items, epsilon=epsilon, delta=delta)
+    solved = solve_phases(
+        method, num_users=num_users, num_items=train.num_items, epsilon=epsilon, delta=delta, ledger=ledger
+    )
     Budget(epsilon, delta).require(ledger, solved.event)
     noise = {name: found.noise_multipliers for name, found in solved.phases.items()}
     lengths = dp_lengths(train, noise_multiplier=float(noise[LENGTHS][0]), key=length_key)
