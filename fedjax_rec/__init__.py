@@ -5,7 +5,15 @@ number you can ask for.
 """
 
 # Data: interactions -> split -> one padded, bucketed row set per client.
-from fedjax_rec.data import Interactions, Split, leave_one_out, load, ratio_split, strong_generalization
+from fedjax_rec.data import (
+    Interactions,
+    Split,
+    leave_one_out,
+    load,
+    ratio_split,
+    strong_generalization,
+    write_interactions,
+)
 from fedjax_rec.data.clients import ClientData, client_data, client_data_from_examples
 from fedjax_rec.data.negatives import Negatives
 
@@ -75,6 +83,7 @@ from fedjax_rec.models.popularity import dp_popularity
 from fedjax_rec.privacy import Budget, Ledger, calibrate_noise_multiplier, epsilon_curve, privacy_spent
 from fedjax_rec.privacy.audit import audit_rounds
 from fedjax_rec.privacy.budget import Phase, Plan, solve
+from fedjax_rec.privacy.ledger import Entry
 from fedjax_rec.privacy.renyi_filter import RenyiFilter
 from fedjax_rec.privacy.selection import select_privately
 
@@ -107,6 +116,14 @@ from fedjax_rec.attacks.poisoning_targets import exposure, target_cases
 from fedjax_rec.attacks.rating_inversion import invert_ratings
 from fedjax_rec.attacks.uploads import observed_uploads, secure_sums
 from fedjax_rec.security.padding import pad_rows
+
+# isort: split
+# Virtual users: histories drawn from what was released.
+from fedjax_rec.synthesis.generator import Generator, draw_histories
+from fedjax_rec.synthesis.lengths import dp_lengths
+from fedjax_rec.synthesis.methods import Method as GeneratorMethod
+from fedjax_rec.synthesis.plan import fit_generator
+from fedjax_rec.synthesis.virtual import virtual_users
 
 # isort: split
 # Evaluation.
