@@ -1,0 +1,288 @@
+"""k^m-anonymity of item sets: whoever knows m items of somebody still finds k users, or nobody.
+
+Terrovitis, Mamoulis and Kalnis, 2008, "Privacy-preserving Anonymization of Set-valued Data": every set of at most m
+items that occurs in some record occurs in at least k. Items have no hierarchy here, so rows are suppressed instead of
+generalised. Pairs are counted exactly, as the product X^T X of the indicators; triples by listing, where that is small.
+
+Heuristic, no guarantee against background knowledge, unlike differential privacy: who knows more than m items, or a
+rating or a date, or what somebody has *not* seen, may still single a user out.
+"""
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
+import scipy.sparse as sp
+
+from fedjax_rec.anonymization.losses import mean_jaccard_distance
+from fedjax_rec.anonymization.released import released
+from fedjax_rec.data.interactions import Interactions
+
+_BLOCK_ITEMS = 2048
+_MOST_PAIRS = 4e8  # cells of the table of pairs that `enforce_km` holds, a byte each and four while it counts
+_MOST_TRIPLES = 1e12  # multiplications
+
+
+class KmReport(NamedTuple):
+    """How k^m-anonymous item sets are.
+
+    Attributes:
+      k: asked for.
+      m: largest number of items that the attacker knows.
+      smallest_support: users with the rarest item set of at most m items that anybody has; 0 if nobody has an item.
+      num_violations: item sets that fewer than k users have, but somebody.
+      num_itemsets: item sets of at most m items that somebody has.
+      violations_by_size: of 1, 2, .. m items.
+    """
+
+    k: int
+    m: int
+    smallest_support: int
+    num_violations: int
+    num_itemsets: int
+    violations_by_size: tuple[int, ...]
+
+    @property
+    def holds(self) -> bool:
+        """Whether the item sets are k^m-anonymous."""
+        return self.num_violations == 0
+
+
+class KmSuppression(NamedTuple):
+    """What `enforce_km` took away.
+
+    Attributes:
+      removed_rows: rows suppressed.
+      removed_share: of all rows.
+      removed_items: items that had a row and have none any more.
+      emptied_users: users that had a row and have none any more.
+      information_loss: mean Jaccard distance of the users' item sets before and after.
+      before: report on the source.
+      after: report on the release, measured anew; it holds.
+    """
+
+    removed_rows: int
+    removed_share: float
+    removed_items: int
+    emptied_users: int
+    information_loss: float
+    before: KmReport
+    after: KmReport
+
+
+class KmRelease(NamedTuple):
+    """Interactions that are k^m-anonymous, and what that took."""
+
+    interactions: Interactions
+    suppression: KmSuppression
+
+
+def km_anonymity(interactions: Interactions, k: int, m: int = 2) -> KmReport:
+    """Counts the item sets of at most m items that somebody, but fewer than k users, have.
+
+    Args:
+      interactions: whose item sets; ratings and times are not looked at.
+      k: from 1 to the number of users.
+      m: 1, 2 or 3; 3 lists triples, and is refused where there are too many.
+
+    Raises:
+      ValueError: for k or m out of range, or too many triples.
+    """
+    _check(interactions, k, m)
+    x = _indicators(interactions)
+    tallies = [_tally(np.bincount(x.indices, minlength=x.shape[1]), k)]
+    if m >= 2:
+        tallies.append(_total(_tally(np.triu(pairs, start + 1), k) for start, pairs in _pair_supports(x)))
+    if m >= 3:
+        tallies.append(_total(_tally(triples, k) for _, _, triples in _triple_supports(x)))
+    supports = [smallest for smallest, _, _ in tallies if smallest]
+    return KmReport(
+        k=k,
+        m=m,
+        smallest_support=min(supports, default=0),
+        num_violations=sum(violations for _, violations, _ in tallies),
+        num_itemsets=sum(num for _, _, num in tallies),
+        violations_by_size=tuple(violations for _, violations, _ in tallies),
+    )
+
+
+def enforce_km(interactions: Interactions, k: int, m: int = 2, *, suppression: str = "local") -> KmRelease:
+    """Suppresses rows until every set of at most m items that occurs has k users.
+
+    Items with fewer than k users go first. Then whole items leave, always the one in most violating pairs for each row
+    it costs; that is all of "global" suppression. "local" goes on and gives single records their items back: of the
+    users of an item, those are kept among whom every other item that occurs at all does so k times. What stays is as
+    anonymous, and there is more of it. Of triples, for m = 3, whole items leave in either way.
+
+    The result is checked with `km_anonymity`. Users and catalogue stay, some users with no rows.
+
+    Args:
+      interactions: any.
+      k: from 1 to the number of users.
+      m: 1, 2 or 3.
+      suppression: "local" or "global".
+
+    Raises:
+      ValueError: for arguments out of range, or a catalogue too large for a table of pairs or triples.
+    """
+    if suppression not in ("local", "global"):
+        raise ValueError(f'suppression must be "local" or "global"; got {suppression!r}.')
+    before = km_anonymity(interactions, k, m)
+    keep = interactions.item_counts[interactions.item_ids] >= k
+    if m >= 2:
+        keep = _without_rare_pairs(interactions, keep, k)
+        keep = _given_back(interactions, keep, k) if suppression == "local" else keep
+    if m >= 3:
+        keep = _without_rare_triples(interactions, keep, k)
+    left = interactions.take(keep)
+    result = released(
+        left,
+        left.user_ids,
+        left.item_ids,
+        ratings=left.ratings,
+        timestamps=left.timestamps,
+        suffix=f"{k}^{m}-anonymous item sets",
+    )
+    after = km_anonymity(result, k, m)
+    if not after.holds:
+        raise AssertionError(f"{after.num_violations} item sets still violate {k}^{m}-anonymity; this is a fault here.")
+    removed = interactions.num_interactions - result.num_interactions
+    return KmRelease(
+        result,
+        KmSuppression(
+            removed_rows=removed,
+            removed_share=removed / max(interactions.num_interactions, 1),
+            removed_items=int(np.count_nonzero((interactions.item_counts > 0) & (result.item_counts == 0))),
+            emptied_users=int(np.count_nonzero((interactions.counts_per_user > 0) & (result.counts_per_user == 0))),
+            information_loss=mean_jaccard_distance(interactions, result),
+            before=before,
+            after=after,
+        ),
+    )
+
+
+def _check(interactions: Interactions, k: int, m: int) -> None:
+    if not 1 <= k <= interactions.num_users:
+        raise ValueError(f"k must lie between 1 and the {interactions.num_users} users of the data; got {k}.")
+    if m not in (1, 2, 3):
+        raise ValueError(f"Item sets of m = 1, 2 or 3 items can be counted; got m = {m}.")
+
+
+def _indicators(interactions: Interactions, keep: np.ndarray | None = None) -> sp.csr_matrix:
+    """float32 ``[users, items]`` of the rows kept; exact in sums up to 16 million users."""
+    rows = interactions if keep is None else interactions.take(keep)
+    shape = (interactions.num_users, interactions.num_items)
+    return sp.csr_matrix((np.ones(rows.num_interactions, np.float32), rows.item_ids, rows.offsets), shape)
+
+
+def _pair_supports(x: sp.csr_matrix) -> Iterator[tuple[int, np.ndarray]]:
+    """Blocks of X^T X over the items that occur: the first item's place, and float32 ``[block, items that occur]``."""
+    x = x[:, np.flatnonzero(np.bincount(x.indices, minlength=x.shape[1]))]
+    dense = x.shape[0] * x.shape[1] <= _MOST_PAIRS / 4
+    rows = x.toarray() if dense else x
+    for start in range(0, x.shape[1], _BLOCK_ITEMS):
+        block = rows[:, start : start + _BLOCK_ITEMS].T @ rows
+        yield start, block if dense else block.toarray()
+
+
+def _triple_supports(x: sp.csr_matrix) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
+    """For each item, the items it shares users with that come later, and the supports of its triples with two of them.
+
+    Items come in the order of their support, so that popular ones have few later ones. Supports are float32
+    ``[later, later]``, zero but above the diagonal.
+    """
+    counts = np.bincount(x.indices, minlength=x.shape[1])
+    order = np.argsort(counts, kind="stable")[np.count_nonzero(counts == 0) :]
+    rows = sp.csr_matrix(x[:, order])
+    columns = sp.csc_matrix(rows)
+    records = [rows[columns.indices[columns.indptr[i] : columns.indptr[i + 1]]] for i in range(len(order))]
+    later = [np.unique(record.indices[record.indices > i]) for i, record in enumerate(records)]
+    work = sum(record.shape[0] * float(len(others)) ** 2 for record, others in zip(records, later, strict=True))
+    if work > _MOST_TRIPLES:
+        raise ValueError(
+            f"Listing the triples of {len(order)} items takes {work:.1g} multiplications, more than "
+            f"{_MOST_TRIPLES:.1g}; take m = 2, or keep only popular items."
+        )
+    for item, (record, others) in enumerate(zip(records, later, strict=True)):
+        dense = record[:, others].toarray()
+        yield int(order[item]), order[others], np.triu(dense.T @ dense, 1)
+
+
+def _tally(supports: np.ndarray, k: int) -> tuple[int, int, int]:
+    """The smallest support above 0 (or 0), how many lie between 1 and k - 1, and how many are above 0."""
+    positive = supports[supports > 0]
+    if not len(positive):
+        return 0, 0, 0
+    return int(positive.min()), int(np.count_nonzero(positive < k)), len(positive)
+
+
+def _total(tallies) -> tuple[int, int, int]:
+    tallies = list(tallies)
+    smallest = min((one[0] for one in tallies if one[0]), default=0)
+    return smallest, sum(one[1] for one in tallies), sum(one[2] for one in tallies)
+
+
+def _rare_pairs(x: sp.csr_matrix, k: int) -> np.ndarray:
+    """bool ``[items, items]``: pairs that some users have, but fewer than k."""
+    num_items = x.shape[1]
+    occurs = np.flatnonzero(np.bincount(x.indices, minlength=num_items))
+    if len(occurs) ** 2 > _MOST_PAIRS:
+        raise ValueError(
+            f"{len(occurs)} items are too many for a table of their pairs; first keep the most popular "
+            f"{int(_MOST_PAIRS**0.5)}."
+        )
+    rare = np.zeros((num_items, num_items), bool)
+    for start, pairs in _pair_supports(x):
+        rare[np.ix_(occurs[start : start + _BLOCK_ITEMS], occurs)] = (pairs > 0) & (pairs < k)
+    np.fill_diagonal(rare, False)
+    return rare
+
+
+def _without_rare_pairs(interactions: Interactions, keep: np.ndarray, k: int) -> np.ndarray:
+    """Items leave, the one in most rare pairs per row first, until no rare pair is left."""
+    x = _indicators(interactions, keep)
+    rare = _rare_pairs(x, k)
+    supports = np.maximum(np.bincount(x.indices, minlength=x.shape[1]), 1)
+    degrees, gone = rare.sum(1), np.zeros(x.shape[1], bool)
+    while degrees.any():
+        worst = int(np.argmax(degrees / supports))
+        degrees -= rare[worst]
+        degrees[worst], gone[worst] = 0, True
+        rare[worst] = rare[:, worst] = False
+    return keep & ~gone[interactions.item_ids]
+
+
+def _given_back(interactions: Interactions, keep: np.ndarray, k: int) -> np.ndarray:
+    """Suppressed items come back in the records of k or more users where they make no rare pair, popular ones first."""
+    kept = _indicators(interactions, keep).astype(np.int32)
+    x = kept.toarray()
+    every = sp.csc_matrix(_indicators(interactions))
+    left = np.bincount(interactions.item_ids[keep], minlength=interactions.num_items)
+    for item in np.argsort(-interactions.item_counts, kind="stable"):
+        users = every.indices[every.indptr[item] : every.indptr[item + 1]]
+        if left[item] or len(users) < k:
+            continue
+        rows = x[users]
+        stays, counts = np.ones(len(users), bool), rows.sum(0)
+        while (rare := np.flatnonzero((counts > 0) & (counts < k))).size:
+            leave = stays & (rows[:, rare[np.argmin(counts[rare])]] > 0)
+            stays &= ~leave
+            counts = counts - rows[leave].sum(0)
+        if np.count_nonzero(stays) >= k:
+            x[users[stays], item] = 1
+    return x[interactions.user_ids, interactions.item_ids] > 0
+
+
+def _without_rare_triples(interactions: Interactions, keep: np.ndarray, k: int) -> np.ndarray:
+    """Items leave, those in most rare triples per row first, until no rare triple is left."""
+    while True:
+        x = _indicators(interactions, keep)
+        in_rare = np.zeros(x.shape[1])
+        for item, others, triples in _triple_supports(x):
+            rare = (triples > 0) & (triples < k)
+            in_rare[item] += np.count_nonzero(rare)
+            in_rare[others] += rare.sum(0) + rare.sum(1)
+        worth = in_rare / np.maximum(np.bincount(x.indices, minlength=x.shape[1]), 1)
+        if not worth.any():
+            return keep
+        keep = keep & (worth < 0.7 * worth.max())[interactions.item_ids]  # several at a time: each pass lists all
