@@ -113,6 +113,11 @@ def test_less_and_wrong_knowledge_finds_fewer(world):
     assert top1(wrong_share=1.0) < 0.1
 
 
+def test_scores_that_do_not_favour_long_records(world):
+    bare = {"known": ("items",), "num_targets": None, "num_known": 6}
+    assert reidentify(world, world, length_power=0.25, **bare).top1 > reidentify(world, world, **bare).top1
+
+
 def test_wrong_knowledge_is_wrong(world, monkeypatch):
     from fedjax_rec.attacks import reidentification
 
