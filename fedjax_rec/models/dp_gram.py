@@ -82,9 +82,8 @@ def dp_gram(
     build = _plain_gram if decay == math.inf else _decayed_gram
     exact = build(columns, offsets, len(item_ids), decay, max_items_per_user)
     stddev = noise_multiplier * max_items_per_user
-    noise = np.asarray(jax.random.normal(key, exact.shape, jnp.float32), np.float64)
     return DpGram(
-        gram=exact + stddev * (noise + noise.T) / 2,  # variance 1 on the diagonal, 1/2 off it
+        gram=exact + stddev * svec_noise(key, len(item_ids)),
         item_ids=item_ids.astype(np.int32),
         dp_event=dp_accounting.GaussianDpEvent(noise_multiplier),
         noise_stddev=stddev,
@@ -95,6 +94,12 @@ def svec(matrix: np.ndarray) -> np.ndarray:
     """The upper triangle of a symmetric `[m, m]`, off-diagonal entries times sqrt(2): `[m (m + 1) / 2]`."""
     rows, columns = np.triu_indices(len(matrix))
     return matrix[rows, columns] * np.where(rows == columns, 1.0, math.sqrt(2.0))
+
+
+def svec_noise(key: jax.Array, size: int) -> np.ndarray:
+    """Symmetric Gaussian noise, float64 `[size, size]`, that is white with variance 1 in the coordinates of `svec`."""
+    noise = np.asarray(jax.random.normal(key, (size, size), jnp.float32), np.float64)
+    return (noise + noise.T) / 2  # variance 1 on the diagonal, 1/2 off it
 
 
 def _columns_by_user(train: Interactions, item_ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
