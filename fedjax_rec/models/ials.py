@@ -37,7 +37,7 @@ class _Side(NamedTuple):
     row_ids: jax.Array  # int32 [chunks, rows], padded with the number of rows
     starts: jax.Array  # int32 [chunks, rows], where each row's columns start
     counts: jax.Array  # int32 [chunks, rows]
-    column_ids: jax.Array  # int32 [interactions]
+    column_ids: jax.Array  # int32 [interactions, rounded up]
 
 
 def train_ials(
@@ -82,6 +82,26 @@ def train_ials(
     return IalsFactors(users, items)
 
 
+def fold_in(
+    item_vectors: jax.Array,
+    history: Interactions,
+    *,
+    l2: float = 0.01,
+    unobserved_weight: float = 0.1,
+    frequency_exponent: float = 1.0,
+) -> jax.Array:
+    """Vectors of users that training never saw, float32 ``[users, dim]``: the exact half sweep on what they show.
+
+    Args:
+      item_vectors: ``[items, dim]``, trained.
+      history: rows that users show, on the same catalogue; users without rows get zero vectors.
+      l2, unobserved_weight, frequency_exponent: as in training.
+    """
+    by_user = _side(history.offsets, history.item_ids)
+    weights = {"l2": l2, "unobserved_weight": unobserved_weight, "frequency_exponent": frequency_exponent}
+    return _solve(item_vectors, by_user, num_rows=history.num_users, **weights)
+
+
 def ials_scorer(factors: IalsFactors) -> Scorer:
     """Scores `<w_u, h_i>`."""
     return factor_scorer(factors.user_vectors, factors.item_vectors)
@@ -91,7 +111,10 @@ def _side(offsets: np.ndarray, column_ids: np.ndarray) -> _Side:
     counts = np.diff(offsets)
     order = np.argsort(counts, kind="stable")
     order = order[counts[order] > 0]
-    num_chunks = max(-(-len(order) // _ROWS_AT_A_TIME), 1)
+    # Powers of two, so that data sets of about one size share compiled solves; an empty chunk costs next to nothing.
+    num_chunks = 1 << max(-(-len(order) // _ROWS_AT_A_TIME) - 1, 0).bit_length()
+    padded_ids = np.zeros(1 << max(len(column_ids) - 1, 0).bit_length(), np.int32)
+    padded_ids[: len(column_ids)] = column_ids
 
     def chunked(values, padding):
         padded = np.full(num_chunks * _ROWS_AT_A_TIME, padding, np.int32)
@@ -102,7 +125,7 @@ def _side(offsets: np.ndarray, column_ids: np.ndarray) -> _Side:
         row_ids=chunked(order, len(counts)),
         starts=chunked(offsets[order], 0),
         counts=chunked(counts[order], 0),
-        column_ids=jnp.asarray(column_ids),
+        column_ids=jnp.asarray(padded_ids),
     )
 
 
