@@ -81,7 +81,8 @@ def fedvae(
         received, beta_now = vae_params(shared), shared.dense["beta"]
         row = own_row(client)
 
-        def step(params, step_key):
+        def step(params, index):
+            step_key = jax.random.fold_in(key, index)
             (_, loss), gradient = jax.value_and_grad(objective, has_aux=True)(params, step_key)
             return jax.tree.map(lambda w, g: w - client_lr * g, params, gradient), loss
 
@@ -89,7 +90,7 @@ def fedvae(
             loss = vae.loss(params, received, row, step_key, beta_now)
             return loss.total, loss
 
-        params, losses = jax.lax.scan(step, received, jax.random.split(key, local_steps))
+        params, losses = jax.lax.scan(step, received, jnp.arange(local_steps))
         update = jax.tree.map(jnp.subtract, params, received)
         ids = jnp.arange(client.num_items, dtype=jnp.int32)
         tables = {

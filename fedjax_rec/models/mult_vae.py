@@ -105,15 +105,21 @@ def mult_vae(
         }
         return Shared(tables, dense)
 
-    def loss(params, received, row, key, beta):
+    return Vae(init, _MultVaeLoss(dropout), encode, decode, latent)
+
+
+class _MultVaeLoss(NamedTuple):
+    """A value, so that equal settings share a compilation."""
+
+    dropout: float
+
+    def __call__(self, params: Shared, received: Shared, row: jax.Array, key: jax.Array, beta: jax.Array) -> Loss:
         del received
         drop_key, latent_key = jax.random.split(key)
-        posterior = encode(params, drop_items(row, dropout, drop_key))
+        posterior = encode(params, drop_items(row, self.dropout, drop_key))
         nll = negative_log_likelihood(decode(params, draw_latent(posterior, latent_key)), row)
         divergence = kl_to_standard_normal(posterior)
         return Loss(nll + beta * divergence, nll, divergence)
-
-    return Vae(init, loss, encode, decode, latent)
 
 
 def encode(params: Shared, rows: jax.Array) -> Posterior:
@@ -128,7 +134,7 @@ def decode(params: Shared, z: jax.Array) -> jax.Array:
     """Logits f(z) over items, float32 ``[..., items]``, for z ``[..., latent]``; reads nothing of the encoder's own."""
     tables = params.tables
     hidden = apply_layers(params.dense["decoder"], z)
-    logits = hidden @ tables.get("out", tables["item"]).T
+    logits = hidden @ tables["out" if "out" in tables else "item"].T
     return logits + _along(tables["bias"][:, 0], logits)
 
 

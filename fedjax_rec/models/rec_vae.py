@@ -19,6 +19,8 @@ starts with.
 As a generator of histories the encoder is not there: z is drawn from N(0, I), the first component.
 """
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 
@@ -94,16 +96,23 @@ def rec_vae(
         }
         return Shared(tables, dense)
 
-    def loss(params, received, row, key, beta):
+    return Vae(init, _RecVaeLoss(gamma, dropout), rec_vae_encode, decode, latent)
+
+
+class _RecVaeLoss(NamedTuple):
+    """A value, so that equal settings share a compilation."""
+
+    gamma: float
+    dropout: float
+
+    def __call__(self, params: Shared, received: Shared, row: jax.Array, key: jax.Array, beta: jax.Array) -> Loss:
         drop_key, latent_key = jax.random.split(key)
-        posterior = rec_vae_encode(params, drop_items(row, dropout, drop_key))
+        posterior = rec_vae_encode(params, drop_items(row, self.dropout, drop_key))
         z = draw_latent(posterior, latent_key)
         old = jax.tree.map(jax.lax.stop_gradient, rec_vae_encode(received, row))
         divergence = log_normal(z, posterior) - log_prior(z, old)
         nll = negative_log_likelihood(decode(params, z), row)
-        return Loss(nll + beta * gamma * row.sum() * divergence, nll, divergence)
-
-    return Vae(init, loss, rec_vae_encode, decode, latent)
+        return Loss(nll + beta * self.gamma * row.sum() * divergence, nll, divergence)
 
 
 def rec_vae_encode(params: Shared, rows: jax.Array) -> Posterior:

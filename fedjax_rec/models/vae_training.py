@@ -89,10 +89,8 @@ def train_mult_vae(
       ValueError: for settings out of range, or no users.
     """
     vae = mult_vae(train.num_items, width=width, latent=latent, tied=tied, dropout=dropout)
-    settings = {"num_epochs": num_epochs, "beta": beta, "batch_size": batch_size}
-    return train_vae(
-        vae, train, key=jax.random.key(seed), optimizer=optax.adam(learning_rate), report=report, **settings
-    )
+    settings = {"num_epochs": num_epochs, "beta": beta, "batch_size": batch_size, "learning_rate": learning_rate}
+    return train_vae(vae, train, key=jax.random.key(seed), report=report, **settings)
 
 
 def train_vae(
@@ -104,7 +102,7 @@ def train_vae(
     beta: float = 1.0,
     annealed_share: float = 0.5,
     batch_size: int = 100,
-    optimizer: optax.GradientTransformation | None = None,
+    learning_rate: float = 1e-3,
     report: Report | None = None,
 ) -> Shared:
     """Trains for a number of epochs; see `vae_training` for one epoch at a time."""
@@ -115,7 +113,7 @@ def train_vae(
         beta=beta,
         annealed_share=annealed_share,
         batch_size=batch_size,
-        optimizer=optimizer,
+        learning_rate=learning_rate,
     )
     init_key, run_key = jax.random.split(key)
     state = training.init(init_key)
@@ -134,7 +132,7 @@ def vae_training(
     beta: float = 1.0,
     annealed_share: float = 0.5,
     batch_size: int = 100,
-    optimizer: optax.GradientTransformation | None = None,
+    learning_rate: float = 1e-3,
 ) -> VaeTraining:
     """Compiles training.
 
@@ -145,7 +143,7 @@ def vae_training(
       beta: weight of the divergence after annealing.
       annealed_share: of all steps, over which that weight rises from 0; 0 = none.
       batch_size: users a step, at most all.
-      optimizer: ``optax.adam(1e-3)`` by default.
+      learning_rate: of Adam.
 
     Raises:
       ValueError: for settings out of range, or no users.
@@ -158,7 +156,6 @@ def vae_training(
             "Training needs num_epochs and batch_size of at least 1, beta >= 0 and annealed_share in [0, 1]; got "
             f"num_epochs={num_epochs}, batch_size={batch_size}, beta={beta}, annealed_share={annealed_share}."
         )
-    optimizer = optax.adam(1e-3) if optimizer is None else optimizer
     batch_size = min(batch_size, len(users))
     num_steps = -(-len(users) // batch_size)
     anneal_steps = max(annealed_share * num_epochs * num_steps, 1e-9)
@@ -167,18 +164,21 @@ def vae_training(
     def init(key):
         params = vae.init(key)
         # Copies, since the state is donated and no buffer can be given away twice.
-        return VaeState(jnp.zeros((), jnp.int32), params, optimizer.init(params), jax.tree.map(jnp.array, params))
+        return VaeState(
+            jnp.zeros((), jnp.int32), params, optax.adam(learning_rate).init(params), jax.tree.map(jnp.array, params)
+        )
 
     def run_epoch(state, key):
-        weights = (beta, 1.0 / anneal_steps)
-        return _run_epoch(state, rows, users, key, weights, vae=vae, optimizer=optimizer, batch_size=batch_size)
+        settings = (beta, 1.0 / anneal_steps, learning_rate)
+        return _run_epoch(state, rows, users, key, settings, loss=vae.loss, batch_size=batch_size)
 
     return VaeTraining(init, run_epoch)
 
 
-@partial(jax.jit, static_argnames=("vae", "optimizer", "batch_size"), donate_argnums=0)
-def _run_epoch(state, rows: UserRows, users, key, weights, *, vae: Vae, optimizer, batch_size: int):
-    beta, per_step = weights
+@partial(jax.jit, static_argnames=("loss", "batch_size"), donate_argnums=0)
+def _run_epoch(state, rows: UserRows, users, key, settings, *, loss: Callable, batch_size: int):
+    beta, per_step, learning_rate = settings
+    optimizer = optax.adam(learning_rate)
     num_steps = -(-len(users) // batch_size)
     received = state.params
     order_key, step_key = jax.random.split(jax.random.fold_in(key, state.step))
@@ -186,7 +186,7 @@ def _run_epoch(state, rows: UserRows, users, key, weights, *, vae: Vae, optimize
     order = jnp.pad(order, (0, num_steps * batch_size - len(users)), constant_values=len(rows.starts))
 
     def batch_loss(params, batch, keys, weight):
-        own = jax.vmap(lambda row, key: vae.loss(params, received, row, key, weight))(
+        own = jax.vmap(lambda row, key: loss(params, received, row, key, weight))(
             dense_rows(rows, batch, len(params.tables["item"])), keys
         )
         real = batch < len(rows.starts)

@@ -1,0 +1,295 @@
+"""Virtual users from a variational autoencoder: z from the prior, through the decoder, to a history.
+
+    z ~ prior,    scores = f(z) / temperature + gumbel_scale * Gumbel noise,    history = the top n items.
+
+Without privacy the autoencoder is trained in one place (`vae_training`); with it, in rounds of `fedvae` on secret
+Poisson cohorts, each user's update clipped and the sum noised. Item biases start at released popularity, so that the
+training has only to find how users differ.
+
+What is kept is the decoder and the prior. Encoders and what they say of real users are dropped when fitting ends: from
+a `Generator` there is no way to a posterior, and z comes from N(0, I), or from a mixture that was itself released.
+Drawing z from the posteriors of real users would make virtual users look better, and it copies users.
+
+Without Gumbel noise a linear decoder makes scores Gaussian, of rank ``latent``: the history is then a function of z,
+which keeps co-occurrence sharper than independent draws from the softmax do.
+
+Liang, Krishnan, Hoffman, Jebara, 2018, "Variational Autoencoders for Collaborative Filtering"; Shenbin, Alekseev,
+Tutubalina, Malykh, Nikolenko, 2020, "RecVAE: A New Variational Autoencoder for Top-N Recommendations with Implicit
+Feedback".
+"""
+
+import dataclasses
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from fedjax_rec.algorithms.fedvae import fedvae, vae_params
+from fedjax_rec.data.clients import client_data
+from fedjax_rec.data.interactions import Interactions
+from fedjax_rec.data.split import Split
+from fedjax_rec.federated.cohort import poisson
+from fedjax_rec.federated.round import RoundKeys, make_rounds
+from fedjax_rec.federated.transforms import chain
+from fedjax_rec.models.base import Shared
+from fedjax_rec.models.mult_vae import Vae, decode, mult_vae
+from fedjax_rec.models.popularity import dp_popularity
+from fedjax_rec.models.rec_vae import rec_vae
+from fedjax_rec.models.vae_training import train_vae
+from fedjax_rec.privacy.budget import Phase
+from fedjax_rec.privacy.ledger import Entry, Ledger
+from fedjax_rec.privacy.mechanisms import clip_by_global_norm
+from fedjax_rec.privacy.schedule import scheduled_gaussian
+from fedjax_rec.synthesis.generator import Generator
+from fedjax_rec.synthesis.latent_prior import (
+    MIXTURE,
+    LatentMixture,
+    dp_mixture,
+    draw_mixture,
+    mixture_phase,
+    standard_mixture,
+)
+from fedjax_rec.synthesis.marginals import log_shares, posterior_mean
+from fedjax_rec.synthesis.methods import Method
+
+COUNTS, TRAINING = "counts", "training"
+VARIANTS, PRIORS = ("mult", "rec"), ("normal", "mixture")
+_SPAN = 10
+
+
+class PrivateTraining(NamedTuple):
+    """How the rounds run when there is noise; fixed in advance, whatever the data.
+
+    Attributes:
+      latent: length of z. Noise is proportional to sqrt(items x latent).
+      rounds: of training.
+      sampling_prob: of a user in a round.
+      l2_clip_norm: of a user's update, in units of the loss's gradient.
+      server_lr: of plain gradient descent on the mean of clipped updates, over the clip norm. Plain, so that noise adds
+        up linearly and its level in the tables is known.
+      counts_share: share of the budget for the popularity that biases start from.
+      beta: weight of the divergence.
+      init_stddev: of the item table's first entries.
+      shrink: how far singular values of the item table are lowered, in units of the largest one of its noise.
+    """
+
+    latent: int = 16
+    rounds: int = 100
+    sampling_prob: float = 0.25
+    l2_clip_norm: float = 1.0
+    server_lr: float = 1.0
+    counts_share: float = 0.3
+    beta: float = 1.0
+    init_stddev: float = 0.1
+    shrink: float = 1.0
+
+
+class VaeGenerator(NamedTuple):
+    """All that a fitted generator knows.
+
+    Attributes:
+      decoder: tables "out" ``[items, width]`` and "bias" ``[items, 1]``, dense "decoder".
+      prior: of z.
+    """
+
+    decoder: Shared
+    prior: LatentMixture
+
+
+def vae_method(
+    *,
+    variant: str = "mult",
+    tied: bool = True,
+    latent: int = 32,
+    num_epochs: int = 100,
+    beta: float = 1.0,
+    dropout: float = 0.0,
+    learning_rate: float = 0.01,
+    prior: str = "normal",
+    num_components: int = 8,
+    mixture_share: float = 0.1,
+    temperature: float = 1.0,
+    gumbel_scale: float = 0.0,
+    private: PrivateTraining | None = None,
+) -> Method:
+    """Histories from a Mult-VAE or a RecVAE.
+
+    Guarantee: user-level, adding or removing one user with all of its rows. Released are, at the noise multipliers that
+    the phases are given: "counts", one sum over all users of L2 sensitivity 1; "training", one noised sum of updates
+    clipped to ``private.l2_clip_norm`` a round, over a secret Poisson cohort; and with ``prior="mixture"`` "mixture",
+    noised statistics of clipped contributions (`latent_prior`). All else is post-processing.
+
+    Args:
+      variant: "mult" or "rec".
+      tied: whether encoder and decoder share one item table.
+      latent: length of z without privacy; see ``private`` for with.
+      num_epochs: without privacy.
+      beta: weight of the divergence, after annealing; 1 is the bound, so that z ~ N(0, I) is what decoders expect.
+      dropout: chance that the encoder misses an item in training.
+      learning_rate: of Adam, without privacy.
+      prior: "normal", or "mixture": Gaussians fitted to where the encoder puts users, in noised steps.
+      num_components: of the mixture.
+      mixture_share: of the budget, for the mixture.
+      temperature: divides the decoder's scores; only matters beside Gumbel noise.
+      gumbel_scale: 1 draws items as the softmax says; 0 takes the highest scores.
+      private: the rounds; None = the defaults.
+
+    Raises:
+      ValueError: for another variant or prior, or numbers out of range.
+    """
+    private = PrivateTraining() if private is None else private
+    for name, value, known in (("variant", variant, VARIANTS), ("prior", prior, PRIORS)):
+        if value not in known:
+            raise ValueError(f"{name} must be one of {', '.join(known)}; got {value!r}.")
+    if not temperature > 0 or not gumbel_scale >= 0:
+        raise ValueError(f"temperature must be positive and gumbel_scale 0 or more; got {temperature}, {gumbel_scale}.")
+    if not 0 < private.sampling_prob <= 1 or private.rounds < 1 or not 0 < private.counts_share < 1:
+        raise ValueError(
+            "Private training needs sampling_prob in (0, 1], rounds >= 1 and counts_share in (0, 1); got "
+            f"{private.sampling_prob}, {private.rounds} and {private.counts_share}."
+        )
+    if num_components < 1 or not 0 < mixture_share < 1:
+        raise ValueError(f"A mixture needs components and a share in (0, 1); got {num_components}, {mixture_share}.")
+    choices = {name: value for name, value in locals().items() if name not in ("private", "name", "value", "known")}
+
+    def phases(num_users, num_items):
+        # T rounds at sampling probability q cost about what one release of noise z / (q sqrt(T)) costs.
+        lasting = private.sampling_prob * math.sqrt(private.rounds)
+        relative = math.sqrt((1 - private.counts_share) / private.counts_share)
+        counts = Phase(COUNTS, weight=relative / lasting, num_numbers=num_items)
+        training = Phase(
+            TRAINING,
+            rounds=private.rounds,
+            sampler="poisson",
+            cohort_size=private.sampling_prob * num_users,
+            weight=1.0,
+            sensitivity=private.l2_clip_norm,
+            num_numbers=num_items * (private.latent * (1 if tied else 2) + 1),
+        )
+        if prior == "normal":
+            return counts, training
+        weight = math.sqrt((1 - mixture_share) / mixture_share) / lasting
+        return counts, training, mixture_phase(private.latent, num_components, weight=weight)
+
+    def fit(train, noise, key, report):
+        users = _with_rows(train)
+        is_private = float(noise[COUNTS][0]) > 0
+        count_key, train_key, prior_key = jax.random.split(key, 3)
+        counts = dp_popularity(users, noise_multiplier=float(noise[COUNTS][0]), key=count_key)
+        charged = [Entry(COUNTS, counts.dp_event, 1, "all", "noised sum of users' normalised rows")]
+        shares = log_shares(posterior_mean(np.asarray(counts.counts, np.float64), counts.noise_stddev))
+        size = private.latent if is_private else latent
+        stddev = private.init_stddev if is_private else None
+        vae = _starting_at(_vae(variant, users.num_items, size, tied, dropout, stddev), shares)
+        if is_private:
+            params, entries = _rounds(vae, users, noise[TRAINING], private, train_key, report)
+            charged += entries
+        else:
+            settings = {"num_epochs": num_epochs, "beta": beta, "learning_rate": learning_rate}
+            params = train_vae(vae, users, key=train_key, report=report, **settings)
+        mixture = standard_mixture(size)
+        if prior == "mixture":
+            mixture, entry = dp_mixture(
+                lambda rows: vae.encode(params, rows),
+                users,
+                latent=size,
+                num_components=num_components,
+                noise_multipliers=noise[MIXTURE],
+                key=prior_key,
+            )
+            charged.append(entry)
+        return Generator(
+            name="vae" if variant == "mult" else "recvae",
+            num_items=users.num_items,
+            params=VaeGenerator(decoder_of(params), mixture),
+            scores=_Scores(temperature, gumbel_scale),
+            releases=tuple(charged) if is_private else (),
+            choices=choices | {"latent": size} | (dict(private._asdict()) if is_private else {}),
+            private=is_private,
+        )
+
+    return Method("vae" if variant == "mult" else "recvae", phases, fit)
+
+
+def decoder_of(params: Shared) -> Shared:
+    """What `decode` reads of an autoencoder's parameters, and nothing that its encoder has for itself."""
+    table = params.tables["out" if "out" in params.tables else "item"]
+    return Shared({"out": table, "bias": params.tables["bias"]}, {"decoder": params.dense["decoder"]})
+
+
+class _Scores(NamedTuple):
+    """A value, so that equal settings share a compilation."""
+
+    temperature: float
+    gumbel_scale: float
+
+    def __call__(self, params: VaeGenerator, key: jax.Array) -> jax.Array:
+        latent_key, item_key = jax.random.split(key)
+        scores = decode(params.decoder, draw_mixture(params.prior, latent_key)) / self.temperature
+        if self.gumbel_scale == 0:
+            return scores
+        return scores + self.gumbel_scale * jax.random.gumbel(item_key, scores.shape)
+
+
+def _vae(variant: str, num_items: int, latent: int, tied: bool, dropout: float, stddev: float | None) -> Vae:
+    sizes = {"width": latent, "latent": latent, "tied": tied, "dropout": dropout, "init_stddev": stddev}
+    return mult_vae(num_items, linear=True, **sizes) if variant == "mult" else rec_vae(num_items, **sizes)
+
+
+def _starting_at(vae: Vae, log_popularity: np.ndarray) -> Vae:
+    """The same autoencoder with first biases of released popularity."""
+    bias = jnp.asarray(log_popularity - log_popularity.mean(), jnp.float32)[:, None]
+
+    def init(key):
+        params = vae.init(key)
+        return params._replace(tables=params.tables | {"bias": bias})
+
+    return vae._replace(init=init)
+
+
+def _with_rows(train: Interactions) -> Interactions:
+    """Only users with rows, so that the population is the one whose size the plan knows."""
+    kept = train.counts_per_user > 0
+    if not kept.any():
+        raise ValueError(f"{train.name} has no user with a row; there is nothing to fit.")
+    offsets = np.concatenate([[0], np.cumsum(train.counts_per_user[kept])]).astype(np.int64)
+    return dataclasses.replace(train, offsets=offsets, user_labels=train.user_labels[kept], user_attributes={})
+
+
+def _rounds(
+    vae: Vae, users: Interactions, noise: np.ndarray, how: PrivateTraining, key: jax.Array, report: Any
+) -> tuple[Shared, list[Entry]]:
+    """Parameters after all rounds, and what the rounds released."""
+    nothing = users.take(np.zeros(users.num_interactions, bool))
+    clients = client_data(Split(users, nothing, nothing, nothing, rule="all users"), num_buckets=1)
+    # The server's step is a multiple of the mean of clipped updates: noise adds up to a level that is known.
+    optimizer = optax.sgd(how.server_lr / how.l2_clip_norm)
+    algorithm = fedvae(vae, beta=how.beta, server_optimizer=optimizer)
+    sampler = poisson(clients.num_clients, cohort_size=how.sampling_prob * clients.num_clients)
+    # The line that adds the noise.
+    links = chain(clip_by_global_norm(how.l2_clip_norm), scheduled_gaussian(how.l2_clip_norm * noise))
+    training = make_rounds(algorithm, links, sampler, clients, span_size=_SPAN)
+    init_key, *run_keys = jax.random.split(key, 4)
+    state, kept = training.init(init_key)
+    for done in range(0, len(noise), _SPAN):
+        num_rounds = min(_SPAN, len(noise) - done)
+        state, kept, _ = training.run(state, kept, RoundKeys(*run_keys), num_rounds)
+        jax.block_until_ready(state.round)
+        report(done + num_rounds, len(noise), "rounds of training")
+    level = how.server_lr * float(np.sqrt(np.sum(np.square(noise)))) / sampler.expected_size
+    params = vae_params(state.shared)
+    tables = {n: t if n == "bias" else _shrunk(t, how.shrink * level) for n, t in params.tables.items()}
+    charged = training.charge(Ledger(), first_round=0, num_rounds=len(noise), phase=TRAINING)
+    return Shared(tables, params.dense), list(charged.entries)
+
+
+def _shrunk(table: jax.Array, level: float) -> jax.Array:
+    """The table ``[items, width]`` with singular values lowered by the largest one of noise of that level."""
+    if level == 0:
+        return table
+    left, values, right = jnp.linalg.svd(table, full_matrices=False)
+    edge = level * (math.sqrt(table.shape[0]) + math.sqrt(table.shape[1]))
+    return (left * jnp.maximum(values - edge, 0.0)[None, :]) @ right
