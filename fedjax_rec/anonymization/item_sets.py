@@ -8,19 +8,18 @@ Heuristic, no guarantee against background knowledge, unlike differential privac
 rating or a date, or what somebody has *not* seen, may still single a user out.
 """
 
-from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
 import scipy.sparse as sp
 
+from fedjax_rec.anonymization.item_supports import BLOCK_ITEMS, indicators, pair_supports, triple_supports
 from fedjax_rec.anonymization.losses import mean_jaccard_distance
 from fedjax_rec.anonymization.released import released
 from fedjax_rec.data.interactions import Interactions
 
-_BLOCK_ITEMS = 2048
-_MOST_PAIRS = 4e8  # cells of the table of pairs that `enforce_km` holds, a byte each and four while it counts
-_MOST_TRIPLES = 1e12  # multiplications
+_MOST_PAIRS = 4e8  # cells of the table of pairs, a byte each
+_MOST_CELLS = 4e9  # users times items where items are given back, a byte each
 
 
 class KmReport(NamedTuple):
@@ -89,12 +88,12 @@ def km_anonymity(interactions: Interactions, k: int, m: int = 2) -> KmReport:
       ValueError: for k or m out of range, or too many triples.
     """
     _check(interactions, k, m)
-    x = _indicators(interactions)
+    x = indicators(interactions)
     tallies = [_tally(np.bincount(x.indices, minlength=x.shape[1]), k)]
     if m >= 2:
-        tallies.append(_total(_tally(np.triu(pairs, start + 1), k) for start, pairs in _pair_supports(x)))
+        tallies.append(_total(_tally(np.triu(pairs, start + 1), k) for start, pairs in pair_supports(x)))
     if m >= 3:
-        tallies.append(_total(_tally(triples, k) for _, _, triples in _triple_supports(x)))
+        tallies.append(_total(_tally(triples, k) for _, _, triples in triple_supports(x)))
     supports = [smallest for smallest, _, _ in tallies if smallest]
     return KmReport(
         k=k,
@@ -168,46 +167,6 @@ def _check(interactions: Interactions, k: int, m: int) -> None:
         raise ValueError(f"Item sets of m = 1, 2 or 3 items can be counted; got m = {m}.")
 
 
-def _indicators(interactions: Interactions, keep: np.ndarray | None = None) -> sp.csr_matrix:
-    """float32 ``[users, items]`` of the rows kept; exact in sums up to 16 million users."""
-    rows = interactions if keep is None else interactions.take(keep)
-    shape = (interactions.num_users, interactions.num_items)
-    return sp.csr_matrix((np.ones(rows.num_interactions, np.float32), rows.item_ids, rows.offsets), shape)
-
-
-def _pair_supports(x: sp.csr_matrix) -> Iterator[tuple[int, np.ndarray]]:
-    """Blocks of X^T X over the items that occur: the first item's place, and float32 ``[block, items that occur]``."""
-    x = x[:, np.flatnonzero(np.bincount(x.indices, minlength=x.shape[1]))]
-    dense = x.shape[0] * x.shape[1] <= _MOST_PAIRS / 4
-    rows = x.toarray() if dense else x
-    for start in range(0, x.shape[1], _BLOCK_ITEMS):
-        block = rows[:, start : start + _BLOCK_ITEMS].T @ rows
-        yield start, block if dense else block.toarray()
-
-
-def _triple_supports(x: sp.csr_matrix) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
-    """For each item, the items it shares users with that come later, and the supports of its triples with two of them.
-
-    Items come in the order of their support, so that popular ones have few later ones. Supports are float32
-    ``[later, later]``, zero but above the diagonal.
-    """
-    counts = np.bincount(x.indices, minlength=x.shape[1])
-    order = np.argsort(counts, kind="stable")[np.count_nonzero(counts == 0) :]
-    rows = sp.csr_matrix(x[:, order])
-    columns = sp.csc_matrix(rows)
-    records = [rows[columns.indices[columns.indptr[i] : columns.indptr[i + 1]]] for i in range(len(order))]
-    later = [np.unique(record.indices[record.indices > i]) for i, record in enumerate(records)]
-    work = sum(record.shape[0] * float(len(others)) ** 2 for record, others in zip(records, later, strict=True))
-    if work > _MOST_TRIPLES:
-        raise ValueError(
-            f"Listing the triples of {len(order)} items takes {work:.1g} multiplications, more than "
-            f"{_MOST_TRIPLES:.1g}; take m = 2, or keep only popular items."
-        )
-    for item, (record, others) in enumerate(zip(records, later, strict=True)):
-        dense = record[:, others].toarray()
-        yield int(order[item]), order[others], np.triu(dense.T @ dense, 1)
-
-
 def _tally(supports: np.ndarray, k: int) -> tuple[int, int, int]:
     """The smallest support above 0 (or 0), how many lie between 1 and k - 1, and how many are above 0."""
     positive = supports[supports > 0]
@@ -232,15 +191,15 @@ def _rare_pairs(x: sp.csr_matrix, k: int) -> np.ndarray:
             f"{int(_MOST_PAIRS**0.5)}."
         )
     rare = np.zeros((num_items, num_items), bool)
-    for start, pairs in _pair_supports(x):
-        rare[np.ix_(occurs[start : start + _BLOCK_ITEMS], occurs)] = (pairs > 0) & (pairs < k)
+    for start, pairs in pair_supports(x):
+        rare[np.ix_(occurs[start : start + BLOCK_ITEMS], occurs)] = (pairs > 0) & (pairs < k)
     np.fill_diagonal(rare, False)
     return rare
 
 
 def _without_rare_pairs(interactions: Interactions, keep: np.ndarray, k: int) -> np.ndarray:
     """Items leave, the one in most rare pairs per row first, until no rare pair is left."""
-    x = _indicators(interactions, keep)
+    x = indicators(interactions, keep)
     rare = _rare_pairs(x, k)
     supports = np.maximum(np.bincount(x.indices, minlength=x.shape[1]), 1)
     degrees, gone = rare.sum(1), np.zeros(x.shape[1], bool)
@@ -254,9 +213,13 @@ def _without_rare_pairs(interactions: Interactions, keep: np.ndarray, k: int) ->
 
 def _given_back(interactions: Interactions, keep: np.ndarray, k: int) -> np.ndarray:
     """Suppressed items come back in the records of k or more users where they make no rare pair, popular ones first."""
-    kept = _indicators(interactions, keep).astype(np.int32)
-    x = kept.toarray()
-    every = sp.csc_matrix(_indicators(interactions))
+    if interactions.num_users * interactions.num_items > _MOST_CELLS:
+        raise ValueError(
+            f"{interactions.num_users} users and {interactions.num_items} items are too many to look at one by one; "
+            'use suppression="global".'
+        )
+    x = indicators(interactions, keep).astype(np.uint8).toarray()
+    every = sp.csc_matrix(indicators(interactions))
     left = np.bincount(interactions.item_ids[keep], minlength=interactions.num_items)
     for item in np.argsort(-interactions.item_counts, kind="stable"):
         users = every.indices[every.indptr[item] : every.indptr[item + 1]]
@@ -276,9 +239,9 @@ def _given_back(interactions: Interactions, keep: np.ndarray, k: int) -> np.ndar
 def _without_rare_triples(interactions: Interactions, keep: np.ndarray, k: int) -> np.ndarray:
     """Items leave, those in most rare triples per row first, until no rare triple is left."""
     while True:
-        x = _indicators(interactions, keep)
+        x = indicators(interactions, keep)
         in_rare = np.zeros(x.shape[1])
-        for item, others, triples in _triple_supports(x):
+        for item, others, triples in triple_supports(x):
             rare = (triples > 0) & (triples < k)
             in_rare[item] += np.count_nonzero(rare)
             in_rare[others] += rare.sum(0) + rare.sum(1)

@@ -21,6 +21,16 @@ from fedjax_rec.data.interactions import Interactions
 _OVERSAMPLE, _POWER_STEPS = 8, 2
 
 
+class _GroupRows(NamedTuple):
+    """What is released of each group, in the order of the groups, each ``[rows]``."""
+
+    groups: np.ndarray
+    items: np.ndarray
+    members: np.ndarray  # who had the item
+    ratings: np.ndarray | None  # means over those who rated it, NaN if nobody did
+    timestamps: np.ndarray | None  # means over known ones, 0 if none is
+
+
 class MicroAggregation(NamedTuple):
     """A release in groups.
 
@@ -29,7 +39,8 @@ class MicroAggregation(NamedTuple):
       group_of: int64 ``[users]``, -1 for users without rows, who stay without. Secret: it links members.
       num_groups: groups, each of k to 2k - 1 users.
       information_loss: mean Jaccard distance of the users' item sets before and after.
-      single_share: share of released rows of a group that only one member had.
+      single_share: share of released rows of a group that only one member had; 0 unless ``min_members`` is 1.
+      num_emptied: users that had rows and have none, as their group has no item in common.
     """
 
     interactions: Interactions
@@ -37,10 +48,11 @@ class MicroAggregation(NamedTuple):
     num_groups: int
     information_loss: float
     single_share: float
+    num_emptied: int
 
 
 def microaggregate(
-    interactions: Interactions, k: int, *, seed: int, times: str = "drop", dim: int = 64, min_members: int = 1
+    interactions: Interactions, k: int, *, seed: int, times: str = "drop", dim: int = 16, min_members: int = 2
 ) -> MicroAggregation:
     """Groups similar users and releases one item set for each group, once for each member.
 
@@ -69,18 +81,14 @@ def microaggregate(
         raise ValueError(f"dim must be positive and min_members from 1 to k; got {dim} and {min_members}.")
     group_of = np.full(interactions.num_users, -1)
     group_of[active] = mdav(_projection(interactions, dim, seed)[active], k)
-    groups, items, members, ratings, timestamps = _group_rows(interactions, group_of, min_members)
-    rows = np.argsort(groups, kind="stable")
-    starts = np.searchsorted(groups[rows], np.arange(group_of.max() + 2))
-    lengths = np.diff(starts)[group_of[active]]
-    firsts = np.repeat(starts[group_of[active]] - np.cumsum(lengths) + lengths, lengths)
-    chosen = rows[firsts + np.arange(lengths.sum())]
+    rows = _group_rows(interactions, group_of, min_members)
+    users, places = _to_members(rows.groups, group_of, active)
     result = released(
         dataclasses.replace(interactions, user_attributes={}),
-        np.repeat(active, lengths),
-        items[chosen],
-        ratings=None if ratings is None else ratings[chosen],
-        timestamps=None if timestamps is None or times == "drop" else timestamps[chosen],
+        users,
+        rows.items[places],
+        ratings=None if rows.ratings is None else rows.ratings[places],
+        timestamps=None if rows.timestamps is None or times == "drop" else rows.timestamps[places],
         suffix=f"groups of {k}",
     )
     return MicroAggregation(
@@ -88,7 +96,8 @@ def microaggregate(
         group_of=group_of,
         num_groups=int(group_of.max()) + 1,
         information_loss=mean_jaccard_distance(interactions, result),
-        single_share=float(np.mean(members == 1)) if len(members) else 0.0,
+        single_share=float(np.mean(rows.members == 1)) if len(rows.members) else 0.0,
+        num_emptied=int(np.count_nonzero(result.counts_per_user[active] == 0)),
     )
 
 
@@ -102,28 +111,19 @@ def mdav(points: np.ndarray, k: int) -> np.ndarray:
       points: float ``[points, dim]``, at least k of them.
       k: smallest group.
     """
-    group_of = np.full(len(points), -1)
-    places, rest, group = np.arange(len(points)), np.asarray(points, np.float64), 0
-
-    def take(centre, places, rest):
-        """Gives the k points nearest to the centre the next group, and returns the others."""
-        nonlocal group
-        far = _squared(rest, centre)
-        nearest = np.argsort(far, kind="stable")[:k]
-        group_of[places[nearest]] = group
-        group += 1
-        stays = np.ones(len(rest), bool)
-        stays[nearest] = False
-        return places[stays], rest[stays]
-
-    while len(rest) >= 3 * k:
-        first = rest[np.argmax(_squared(rest, rest.mean(0)))]
-        places, rest = take(first, places, rest)
-        second = rest[np.argmax(_squared(rest, first))]
-        places, rest = take(second, places, rest)
-    if len(rest) >= 2 * k:
-        places, rest = take(rest[np.argmax(_squared(rest, rest.mean(0)))], places, rest)
-    group_of[places] = group
+    points = np.asarray(points, np.float64)
+    group_of, left, group = np.full(len(points), -1), np.arange(len(points)), 0
+    while len(left) >= 2 * k:
+        rest = points[left]
+        centre = rest[np.argmax(_squared(rest, rest.mean(0)))]
+        for _ in range(2 if len(left) >= 3 * k else 1):
+            rest = points[left]
+            nearest = np.argsort(_squared(rest, centre), kind="stable")
+            group_of[left[nearest[:k]]] = group
+            centre = rest[nearest[-1]]
+            left = left[np.sort(nearest[k:])]
+            group += 1
+    group_of[left] = group
     return group_of
 
 
@@ -150,37 +150,37 @@ def _projection(interactions: Interactions, dim: int, seed: int) -> np.ndarray:
     return (basis @ left * scale)[:, :dim]
 
 
-def _group_rows(interactions: Interactions, group_of: np.ndarray, min_members: int):
-    """Rows released for each group: group, item, members who had it, mean rating and mean time of these."""
-    num_items, groups = interactions.num_items, group_of[interactions.user_ids]
-    pairs, of_row, members = np.unique(
-        groups * num_items + interactions.item_ids, return_inverse=True, return_counts=True
-    )
-    pair_group, pair_item = np.divmod(pairs, num_items)
-    order = np.lexsort((pair_item, -interactions.item_counts[pair_item], -members, pair_group))
-    sizes = np.bincount(pair_group)
-    rank = np.empty(len(pairs), np.int64)
-    rank[order] = np.arange(len(pairs)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
-    in_group = np.argsort(group_of, kind="stable")[np.count_nonzero(group_of < 0) :]
-    ends = np.cumsum(np.bincount(group_of[in_group]))[:-1]
-    lengths = np.array([np.median(part) for part in np.split(interactions.counts_per_user[in_group], ends)])
-    chosen = (rank < np.floor(lengths[pair_group])) & (members >= min_members)
+def _group_rows(interactions: Interactions, group_of: np.ndarray, min_members: int) -> _GroupRows:
+    """The most common items of each group, up to the median length of its members' records."""
+    num_items, lengths = interactions.num_items, interactions.counts_per_user
+    codes = group_of[interactions.user_ids] * num_items + interactions.item_ids
+    codes, of_row, members = np.unique(codes, return_inverse=True, return_counts=True)
+    groups, items = np.divmod(codes, num_items)
+    order = np.lexsort((items, -interactions.item_counts[items], -members, groups))
+    sizes = np.bincount(groups)
+    rank = np.empty(len(codes), np.int64)
+    rank[order] = np.arange(len(codes)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
+    medians = np.array([np.median(lengths[group_of == group]) for group in range(len(sizes))])
+    chosen = (rank < np.floor(medians[groups])) & (members >= min_members)
 
     def means(values, known):
-        if values is None:
-            return None, None
-        counts = np.bincount(of_row[known], minlength=len(pairs))
-        sums = np.bincount(of_row[known], weights=values[known], minlength=len(pairs))
-        return (sums / np.maximum(counts, 1))[chosen], counts[chosen] > 0
+        counts = np.bincount(of_row[known], minlength=len(codes))[chosen]
+        sums = np.bincount(of_row[known], weights=values[known], minlength=len(codes))[chosen]
+        return sums / np.maximum(counts, 1), counts > 0
 
-    ratings, rated = means(
-        interactions.ratings, None if interactions.ratings is None else ~np.isnan(interactions.ratings)
-    )
-    times, _ = means(interactions.timestamps, None if interactions.timestamps is None else interactions.timestamps > 0)
-    return (
-        pair_group[chosen],
-        pair_item[chosen],
-        members[chosen],
-        None if ratings is None else np.where(rated, ratings, np.nan),
-        None if times is None else np.rint(times).astype(np.int64),
-    )
+    ratings, timestamps = interactions.ratings, interactions.timestamps
+    if ratings is not None:
+        ratings, rated = means(ratings, ~np.isnan(ratings))
+        ratings = np.where(rated, ratings, np.nan)
+    if timestamps is not None:
+        timestamps = np.rint(means(timestamps, timestamps > 0)[0]).astype(np.int64)
+    return _GroupRows(groups[chosen], items[chosen], members[chosen], ratings, timestamps)
+
+
+def _to_members(groups: np.ndarray, group_of: np.ndarray, active: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The rows of its group for every active user: the user of each, and its place among the groups' rows."""
+    starts = np.searchsorted(groups, np.arange(group_of.max() + 2))
+    lengths = np.diff(starts)[group_of[active]]
+    first = np.cumsum(lengths) - lengths
+    places = np.repeat(starts[group_of[active]] - first, lengths) + np.arange(lengths.sum())
+    return np.repeat(active, lengths), places
