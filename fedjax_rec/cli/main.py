@@ -1,4 +1,4 @@
-"""The command line: `fedjax-rec train | evaluate | epsilon | budget | data | audit | secagg`."""
+"""The command line: `fedjax-rec VERB`, train, evaluate, synthesize, anonymize, epsilon, budget, data, audit, secagg."""
 
 import errno
 import logging
@@ -17,6 +17,7 @@ from fedjax_rec.cli.data import DataConfig
 from fedjax_rec.cli.epsilon import EpsilonConfig
 from fedjax_rec.cli.evaluate import EvaluateConfig
 from fedjax_rec.cli.secagg import SecAggDemoConfig
+from fedjax_rec.cli.synthesize import SynthesizeConfig
 from fedjax_rec.runs.config import TrainConfig
 
 DESCRIPTION = """Federated recommenders with honest differential privacy, at accelerator speed.
@@ -75,6 +76,7 @@ def _parse(args: list[str]):
     verbs = (
         Annotated[TrainConfig, tyro.conf.subcommand("train", default=default)]
         | Annotated[EvaluateConfig, tyro.conf.subcommand("evaluate")]
+        | Annotated[SynthesizeConfig, tyro.conf.subcommand("synthesize")]
         | Annotated[EpsilonConfig, tyro.conf.subcommand("epsilon")]
         | Annotated[BudgetConfig, tyro.conf.subcommand("budget")]
         | Annotated[DataConfig, tyro.conf.subcommand("data")]
@@ -126,6 +128,8 @@ def _run(config) -> int:
         _set_up_jax(config)
         if isinstance(config, EvaluateConfig):
             from fedjax_rec.cli.evaluate import run
+        elif isinstance(config, SynthesizeConfig):
+            from fedjax_rec.cli.synthesize import run
         elif isinstance(config, AuditConfig):
             from fedjax_rec.cli.audit import run
         elif isinstance(config, AuditPrivacyConfig):

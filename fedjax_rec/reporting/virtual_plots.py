@@ -36,7 +36,7 @@ def popularity_against(real: Interactions, virtual: Interactions) -> Figure:
         _say(axes, said)
         name_axes(axes, x="items, most popular among real users first", y="share of users who touched the item")
         _plain_logarithms(axes)
-        axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=None))
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:g}%"))
     return figure
 
 
