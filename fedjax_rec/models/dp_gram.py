@@ -78,7 +78,7 @@ def dp_gram(
     item_ids = np.arange(train.num_items) if item_ids is None else np.asarray(item_ids)
     if len(np.unique(item_ids)) < len(item_ids) or np.any((item_ids < 0) | (item_ids >= train.num_items)):
         raise ValueError(f"item_ids must be distinct and in 0 .. {train.num_items - 1}.")
-    columns, offsets = _columns_by_user(train, item_ids)
+    columns, offsets = columns_by_user(train, item_ids)
     build = _plain_gram if decay == math.inf else _decayed_gram
     exact = build(columns, offsets, len(item_ids), decay, max_items_per_user)
     stddev = noise_multiplier * max_items_per_user
@@ -102,7 +102,7 @@ def svec_noise(key: jax.Array, size: int) -> np.ndarray:
     return (noise + noise.T) / 2  # variance 1 on the diagonal, 1/2 off it
 
 
-def _columns_by_user(train: Interactions, item_ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def columns_by_user(train: Interactions, item_ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Columns of every user's distinct items in time order, one user after the other, and where each starts."""
     pairs = train.user_ids.astype(np.int64) * train.num_items + train.item_ids
     first = np.sort(np.unique(pairs, return_index=True)[1])

@@ -78,13 +78,14 @@ def draw_histories(
     # Compiled for few widths: a longest history of another length is no reason to compile again.
     width = min(1 << math.ceil(math.log2(longest)), generator.num_items)
     drawn = np.full((len(lengths), longest), generator.num_items, np.int32)
+    order = np.argsort(lengths, kind="stable").astype(np.int32)  # a batch takes as many steps as its longest history
     for start in range(0, len(lengths), batch_size):
         stop = min(start + batch_size, len(lengths))
-        padded = np.ones(batch_size, np.int32)
-        padded[: stop - start] = lengths[start:stop]
-        places = jnp.arange(start, start + batch_size, dtype=jnp.int32)
+        places, padded = np.zeros(batch_size, np.int32), np.ones(batch_size, np.int32)
+        places[: stop - start] = order[start:stop]
+        padded[: stop - start] = lengths[order[start:stop]]
         batch = _draw_batch(generator.params, places, padded, key, generator[:2] + generator[3:5], width)
-        drawn[start:stop] = np.asarray(batch)[: stop - start, :longest]
+        drawn[order[start:stop]] = np.asarray(batch)[: stop - start, :longest]
         if report is not None:
             report(stop, len(lengths))
     return drawn

@@ -13,8 +13,8 @@ with V, lambda the eigenpairs of G that stand out of its noise, c = E|r - E r|^2
 noise of the variance that the low rank leaves to each item, and b such that items come up as often as m says.
 
 Three things make this better than one release of sum_u r_u r_u^T. Its largest eigenvalue is popularity, which m holds
-at a fraction of the price; centring leaves all of a user's unit of sensitivity to how users differ. The noise of an m x m
-matrix has eigenvalues up to s sqrt(2 m), so the fewer items, the more directions stand out of it. And an eigenvalue y
+at a fraction of the price; centring leaves all of a user's unit of sensitivity to how users differ. The noise of k
+items has eigenvalues up to s sqrt(2 k), so the fewer items, the more directions stand out of it. And an eigenvalue y
 that does stand out was moved there from l, y = l + edge^2 / (4 l), which can be undone (Benaych-Georges and Nadakuditi,
 2011, "The eigenvalues and eigenvectors of finite, low rank perturbations of large random matrices").
 """
@@ -202,7 +202,7 @@ def _latent_gaussian(
     )
     edge = noise_edge(released)
     above = values > edge
-    clean = (values[above] + np.sqrt(np.square(values[above]) - edge**2)) / 2
+    clean = undo_shift(values[above], edge)
     # E r_i^2 is about a share of E r_i: both are sums over users who took i, and all of E r_i^2 is 1.
     second = mean / mean.sum()
     centred = float(np.sum((second - np.square(mean))[released.item_ids]))
@@ -214,6 +214,11 @@ def _latent_gaussian(
         loadings=jnp.asarray(loadings, jnp.float32),
         spread=jnp.asarray(temperature * np.sqrt(left), jnp.float32),
     )
+
+
+def undo_shift(values: np.ndarray, edge: float) -> np.ndarray:
+    """Where eigenvalues, or singular values, y > edge stood before noise moved them: l of y = l + edge^2 / (4 l)."""
+    return (values + np.sqrt(np.square(values) - edge**2)) / 2
 
 
 def match_marginals(
