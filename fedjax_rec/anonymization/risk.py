@@ -35,7 +35,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
 two weeks."""
 
 LENGTH_POWERS = (0.0, 0.25, 0.5)
-"""Scores that the attacker tries: the published one, and two that do not favour long records."""
+"""Scores that the attacker tries: the published one, and two that do not favour long records. With partly wrong
+knowledge it also tries without dates, and without ratings: what is wrong about the right items misleads."""
 
 
 def risk_report(
@@ -48,6 +49,7 @@ def risk_report(
     num_targets: int | None = 500,
     l2s: Sequence[float] | None = L2S,
     virtual: Interactions | None = None,
+    before: dict[str, Any] | None = None,
     seed: int = 0,
     report: Callable[[str], None] = lambda what: None,
 ) -> dict[str, Any]:
@@ -64,20 +66,24 @@ def risk_report(
       num_targets: of `reidentify`.
       l2s: penalties of EASE for the cost downstream; None leaves it out.
       virtual: as in `anonymize`.
+      before: that part of an earlier report on the same data by a policy of the same attributes and items, with the
+        same settings; None measures it.
       seed: of targets, knowledge, splits and random steps.
       report: is told what is measured now.
 
     Returns:
       "before" and "after" with "attributes" (k, l, t; None without such a step), "items" (k^m), "uniqueness" by number
-      of known items and "reidentification" by setting: of the score that finds most users, with "length_power" and the
-      "published_score"; "information_loss"; "downstream" or None. NaN is None.
+      of known items and "reidentification" by setting: of the attempt that finds most users, with what that "attempt"
+      was, and the "published_score"; "information_loss"; "downstream" or None. NaN is None.
     """
     released, truth = anonymized.interactions, anonymized.truth
-    sides = {}
+    sides = {} if before is None else {"before": before}
     for name, data, places, view in (
         ("before", original, None, None),
         ("after", released, truth, lambda knowledge: coarsened(knowledge, policy)),
     ):
+        if name in sides:
+            continue
         report(f"degrees of anonymity {name}")
         degrees = {"attributes": _attribute_degrees(data, policy.attributes), "items": _km(data, policy)}
         report(f"uniqueness {name}")
@@ -92,16 +98,15 @@ def risk_report(
                     places,
                     num_known=num_known,
                     num_targets=num_targets,
-                    length_power=power,
                     view=view,
                     seed=seed,
-                    **options,
+                    **(options | attempt),
                 )
-                for power in LENGTH_POWERS
+                for attempt in _attempts(options)
             ]
             strongest = max(range(len(found)), key=lambda place, found=found: found[place].top1)
             attacks[setting] = dataclasses.asdict(found[strongest]) | {
-                "length_power": LENGTH_POWERS[strongest],
+                "attempt": _attempts(options)[strongest],
                 "published_score": dataclasses.asdict(found[0]),
             }
         sides[name] = degrees | {
@@ -113,10 +118,10 @@ def risk_report(
         split = held_out(original, seed=seed)
         train = training_users(split)
         report("EASE on the data as it is")
-        before = ease_quality(train, split, l2s=l2s)
+        as_it_is = ease_quality(train, split, l2s=l2s)
         report("EASE on anonymised data")
         again = anonymize(train, policy, virtual=virtual, seed=seed + 1).interactions
-        cost = downstream_cost(ease_quality(again, split, l2s=l2s), before, seed=seed)
+        cost = downstream_cost(ease_quality(again, split, l2s=l2s), as_it_is, seed=seed)
     return without_nan(sides | {"information_loss": information_loss(original, released, truth), "downstream": cost})
 
 
@@ -163,6 +168,15 @@ def without_nan(values: Any) -> Any:
     if isinstance(values, float) and math.isnan(values):
         return None
     return values.item() if isinstance(values, np.generic) else values
+
+
+def _attempts(options: dict[str, Any]) -> list[dict[str, Any]]:
+    """What the attacker tries, the published score first."""
+    known = options["known"]
+    fewer = range(1, len(known)) if options.get("wrong_share") else ()
+    return [{"length_power": power, "known": known} for power in LENGTH_POWERS] + [
+        {"length_power": LENGTH_POWERS[1], "known": known[:num]} for num in fewer
+    ]
 
 
 def _attribute_degrees(data: Interactions, attributes: Attributes | None) -> dict[str, Any] | None:

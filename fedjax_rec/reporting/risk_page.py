@@ -103,9 +103,9 @@ def risk_table(report: Mapping[str, Any]) -> Table:
         rows=rows,
         notes=(
             f"Found: of {_targets(before)} random users, the right record has the best score; ± one standard error. "
-            "The attacker tries the score of Narayanan and Shmatikov (2008), and that score corrected for the lengths "
-            "of records in two ways. Shown is the strongest, below it the published one, with the share of users for "
-            "whom a record stands out and the share of these matches that is right.",
+            "The attacker tries the score of Narayanan and Shmatikov (2008), that score corrected for the lengths of "
+            "records in two ways, and less of what may be wrong. Shown is the strongest; below it the published score, "
+            "with the share of users for whom a record stands out and the share of these matches that is right.",
         ),
     )
 
