@@ -6,6 +6,7 @@ import math
 import numpy as np
 import pytest
 
+from fedjax_rec.anonymization.hierarchies import coarsen_ratings, coarsen_times
 from fedjax_rec.attacks.reidentification import Knowledge, day_column, record_scores, reidentify
 from fedjax_rec.attacks.uniqueness import item_places, uniqueness
 from fedjax_rec.data import load, synthetic
@@ -116,6 +117,16 @@ def test_less_and_wrong_knowledge_finds_fewer(world):
 def test_scores_that_do_not_favour_long_records(world):
     bare = {"known": ("items",), "num_targets": None, "num_known": 6}
     assert reidentify(world, world, length_power=0.25, **bare).top1 > reidentify(world, world, **bare).top1
+
+
+def test_an_attacker_who_knows_how_times_and_ratings_were_coarsened(world):
+    def coarse(data):
+        return coarsen_ratings(coarsen_times(data, to="year"), to="liked")
+
+    settings = {"num_targets": None, "num_known": 6}
+    without, with_it = (reidentify(world, coarse(world), view=view, **settings).top1 for view in (None, coarse))
+    assert with_it > without + 0.1
+    assert with_it < reidentify(world, world, **settings).top1
 
 
 def test_wrong_knowledge_is_wrong(world, monkeypatch):
