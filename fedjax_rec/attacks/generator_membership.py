@@ -79,7 +79,8 @@ class GeneratorMembership:
       num_members, num_others, num_reference: users.
       control: what the control's virtual users are, in words; None without.
       ceiling_auc, ceiling_label: what the guarantee leaves to any attack; None without a guarantee.
-      bug: whether a corrected area passes the ceiling by more than two standard errors.
+      bug: whether an area passes the ceiling by more than two standard errors: the corrected one, or the one as it is
+        where the corrected one is above the ceiling too.
       verdict: that in a sentence.
       warning: what nearest-neighbour distances cannot show.
     """
@@ -149,9 +150,7 @@ def generator_membership(
         scores |= {name: np.asarray(score(rows)) for name, score in released.items()}
     controls = {} if control is None else _scores(candidates, on_catalogue(control, members), known)
     rows = tuple(_row(name, values, controls.get(name), truth) for name, values in scores.items())
-    broken = [
-        row for row in rows if ceiling and row.corrected_auc > ceiling.auc + STANDARD_ERRORS * row.corrected_error
-    ]
+    broken = [row for row in rows if ceiling is not None and _passes(row, ceiling)]
     return GeneratorMembership(
         rows=rows,
         strongest=max(rows, key=lambda row: row.corrected_auc).name,
@@ -251,13 +250,21 @@ def _row(name: str, scores: np.ndarray, control: np.ndarray | None, truth: np.nd
     )
 
 
+def _passes(row: AttackRow, ceiling: Ceiling) -> bool:
+    """Above by two standard errors: corrected, or as it is, which errs less, if corrected it is above at all."""
+    above, corrected = row.auc - ceiling.auc, row.corrected_auc - ceiling.auc
+    return corrected > STANDARD_ERRORS * row.corrected_error or (
+        corrected > 0 and above > STANDARD_ERRORS * row.auc_error
+    )
+
+
 def _verdict(rows: tuple[AttackRow, ...], broken: list[AttackRow], ceiling: Ceiling | None) -> str:
     best = max(rows, key=lambda row: row.corrected_auc)
     reached = f"{best.name} reaches AUC {best.corrected_auc:.3f} (standard error {best.corrected_error:.3f})"
     if ceiling is None:
         return f"No guarantee to compare with: the strongest attack, {reached}."
     if broken:
-        phrases = (f"{row.name} {row.corrected_auc:.3f} (standard error {row.corrected_error:.3f})" for row in broken)
+        phrases = (f"{row.name} {row.auc:.3f}, corrected {row.corrected_auc:.3f}" for row in broken)
         return (
             f"BUG: above the ceiling {ceiling.auc:.3f} of {ceiling.label} by more than two standard errors: "
             f"{'; '.join(phrases)}. The generator is less private than it says."

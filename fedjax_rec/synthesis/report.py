@@ -173,8 +173,8 @@ def report_table(report: VirtualReport) -> Table:
             rows.append((kind, *(f"{r.corrected_auc:.3f} ± {2 * r.corrected_error:.3f}" for r in best)))
         ceiling = report.virtual.membership.ceiling_auc
         rows.append(("ceiling of the guarantee", MISSING if ceiling is None else f"{ceiling:.3f}", MISSING))
-    for risk, other in zip(report.virtual.risks, report.sampler.risks, strict=True):
-        rows.append((f"risk: {risk.name}", _text(risk.risk), _text(other.risk)))
+    others = {risk.name: _text(risk.risk) for risk in report.sampler.risks}
+    rows += [(f"risk: {risk.name}", _text(risk.risk), others.get(risk.name, MISSING)) for risk in report.virtual.risks]
     notes = ["Intervals are 95 %; of membership, two standard errors."]
     if report.virtual.membership is not None:
         notes += [report.virtual.membership.verdict, report.virtual.membership.warning]
