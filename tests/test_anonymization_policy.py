@@ -73,6 +73,7 @@ def test_the_example_is_a_policy_and_every_section_of_it_is_known(tmp_path):
             "[microaggregation]\nk = 2\n[attributes]\nk = 3\n[attributes.hierarchies]\nage = 'movielens'",
             "drops the users",
         ),
+        ("[microaggregation]\nk = 3\nmin_members = 4", "k = 3 members are fewer than min_members = 4"),
         ("items = 3", "must be a section"),
         ("", "has no section"),
         ("[items", "is no TOML"),

@@ -206,7 +206,7 @@ def _change_items(
         options = {"times": asked.times, "min_members": asked.min_members}
         found = microaggregate(data, asked.k, seed=_number(seed), **options)
         step = {"step": "microaggregation", "k": asked.k, **options, "groups": found.num_groups}
-        step |= {"information_loss": found.information_loss, "items_of_one_member": found.single_share}
+        step |= {"users_emptied": found.num_emptied, "information_loss": found.information_loss}
         return found.interactions, step
     if policy.replacement is not None:
         share, source = policy.replacement.share, policy.replacement.virtual

@@ -47,7 +47,7 @@ virtual = "popularity"             # or a file that `load` reads
 # [microaggregation]               # groups of at least k similar users, who all get the group's items
 # k = 5
 # times = "drop"                   # or "group": means over the members
-# min_members = 1                  # members who must have an item for the group to get it
+# min_members = 2                  # what fewer members had is not released
 
 # [randomized_response]            # every item of the catalogue by a biased coin: epsilon for each item
 # epsilon_per_item = 6.0
@@ -109,11 +109,14 @@ class Replacement:
 
 @dataclass(frozen=True)
 class Microaggregation:
-    """Groups of at least k similar users who share one history, without times ("drop") or with mean ones ("group")."""
+    """Groups of at least k similar users who share one history, without times ("drop") or with mean ones ("group").
+
+    Items that fewer than `min_members` of a group had are not released.
+    """
 
     k: int
     times: str = "drop"
-    min_members: int = 1
+    min_members: int = 2
 
 
 @dataclass(frozen=True)
@@ -236,6 +239,10 @@ def _section(name: str, values: dict[str, Any]) -> Any:
             raise ValueError(f"[{name}] needs the key {key!r}; see --print-policy for an example.")
     for key, value in values.items():
         _check_value(name, key, value)
+    if name == "microaggregation" and values["k"] < values.get("min_members", 2):
+        raise ValueError(
+            f"[microaggregation] k = {values['k']} members are fewer than min_members = {values['min_members']}; lower it."
+        )
     if name == "attributes":
         made = {column: _hierarchy(column, value) for column, value in values["hierarchies"].items()}
         if values.get("sensitive") in made:
