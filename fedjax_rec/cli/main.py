@@ -10,6 +10,7 @@ from typing import Annotated
 
 import tyro
 
+from fedjax_rec.cli.anonymize import AnonymizeConfig
 from fedjax_rec.cli.audit import AuditConfig
 from fedjax_rec.cli.audit_privacy import AuditPrivacyConfig
 from fedjax_rec.cli.budget import BudgetConfig
@@ -77,6 +78,7 @@ def _parse(args: list[str]):
         Annotated[TrainConfig, tyro.conf.subcommand("train", default=default)]
         | Annotated[EvaluateConfig, tyro.conf.subcommand("evaluate")]
         | Annotated[SynthesizeConfig, tyro.conf.subcommand("synthesize")]
+        | Annotated[AnonymizeConfig, tyro.conf.subcommand("anonymize")]
         | Annotated[EpsilonConfig, tyro.conf.subcommand("epsilon")]
         | Annotated[BudgetConfig, tyro.conf.subcommand("budget")]
         | Annotated[DataConfig, tyro.conf.subcommand("data")]
@@ -130,6 +132,8 @@ def _run(config) -> int:
             from fedjax_rec.cli.evaluate import run
         elif isinstance(config, SynthesizeConfig):
             from fedjax_rec.cli.synthesize import run
+        elif isinstance(config, AnonymizeConfig):
+            from fedjax_rec.cli.anonymize import run
         elif isinstance(config, AuditConfig):
             from fedjax_rec.cli.audit import run
         elif isinstance(config, AuditPrivacyConfig):
