@@ -241,7 +241,8 @@ def _section(name: str, values: dict[str, Any]) -> Any:
         _check_value(name, key, value)
     if name == "microaggregation" and values["k"] < values.get("min_members", 2):
         raise ValueError(
-            f"[microaggregation] k = {values['k']} members are fewer than min_members = {values['min_members']}; lower it."
+            f"[microaggregation] k = {values['k']} members are fewer than min_members = {values['min_members']}; lower "
+            "the latter."
         )
     if name == "attributes":
         made = {column: _hierarchy(column, value) for column, value in values["hierarchies"].items()}
