@@ -136,6 +136,38 @@ def test_suppression_goes_up_to_its_share_and_no_further():
     assert not strict.suppressed.any()
 
 
+def test_the_cheapest_of_the_minimal_choices_is_taken():
+    """Either column alone will do: ages in bands lose a third, towns all of theirs."""
+    table = {"age": np.repeat([20, 21, 40, 41], 2), "town": np.array([*"ab" * 4])}
+    both = {"age": bands("age", (5,)), "town": suppression("town")}
+    found = anonymize_table(table, hierarchies=both, k=2, max_suppressed_share=0)
+    assert found.levels == {"age": 1, "town": 0}
+    assert found.information_loss == pytest.approx(1 / 6)
+
+
+def test_a_class_that_goes_moves_the_distribution_that_the_others_are_held_to():
+    """Ones are 36 of 44, class b (6 of 10) is .218 off; without class c (0 of 4) they are 36 of 40, and b .3 off."""
+    table = {"a": np.array([*"a" * 30, *"b" * 10, *"c" * 4]), "s": np.repeat([1, 1, 0, 0], [30, 6, 4, 4])}
+    options = {"hierarchies": {"a": suppression("a")}, "k": 1, "t": 0.25, "sensitive": "s"}
+    found = anonymize_table(table, **options, max_suppressed_share=0.4)
+    assert found.suppressed.tolist() == [False] * 30 + [True] * 14
+    assert found.t == 0
+    assert anonymize_table(table, **options, max_suppressed_share=0.2).levels == {"a": 1}
+
+
+def test_a_value_that_goes_makes_the_steps_between_the_others_larger():
+    """Only the small class has value 2: with it 0 and 1 are half of the range apart, without it all of it."""
+    table = {
+        "a": np.array([*"a" * 10, *"b" * 10, *"c" * 2]),
+        "s": np.repeat([1, 0, 1, 0, 2], [3, 7, 7, 3, 2]),
+    }
+    found = anonymize_table(
+        table, hierarchies={"a": suppression("a")}, k=3, t=0.15, sensitive="s", ordered=True, max_suppressed_share=0.1
+    )
+    assert found.t <= 0.15
+    assert found.levels == {"a": 1}
+
+
 @st.composite
 def tables(draw):
     rows = draw(st.integers(4, 24))
@@ -143,7 +175,7 @@ def tables(draw):
     return {name: np.array(draw(column)) // size for name, size in (("a", 1), ("b", 10), ("s", 8))}
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60, deadline=None, derandomize=True)
 @given(
     tables(),
     st.integers(1, 4),
@@ -179,7 +211,7 @@ def test_what_is_asked_for_is_reached_and_minimal(table, k, share, kind, ordered
             ), f"{lower} would have done, and {levels} was taken"
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60, deadline=None, derandomize=True)
 @given(tables())
 def test_degrees_agree_with_a_slow_reading_of_their_definitions(table):
     classes = [np.flatnonzero((table["a"] == a) & (table["b"] == b)) for a in range(40) for b in range(4)]
