@@ -47,41 +47,57 @@ NO_TIMES = "[times]\nto = 'none'\n"
 
 
 class Row(NamedTuple):
-    """A policy: its name, its text, its colour in the picture, whose items replace, and the k of its groups."""
+    """A policy: its name, its text, its series in the picture, whose items replace, and the k of its groups."""
 
     name: str
     text: str
-    colour: str
+    series: str
+    short: str
     virtual: str = ""
     group: int = 0
+
+
+COLOURS = {
+    "pseudonyms": MUTED,
+    "5^2-anonymous items": "#b07c00",
+    "groups": BLUE,
+    "replaced, popularity": VERMILION,
+    f"replaced, Gram ε = {EPSILON:g}": PINK,
+    "coins": GREEN,
+}
 
 
 def rows() -> list[Row]:
     """The policies, weakest first. All have pseudonyms; all below "times by month" have no times."""
     replaced = [
-        Row(f"{share} % replaced, {source}", f"{NO_TIMES}[replacement]\nshare = {share / 100}\n{name}", colour, source)
-        for source, name, colour in (
-            ("popularity", "", VERMILION),
-            (f"Gram ε = {EPSILON:g}", "virtual = 'given'\n", PINK),
+        Row(
+            f"{share} % replaced, {source}",
+            f"{NO_TIMES}[replacement]\nshare = {share / 100}\n{key}",
+            f"replaced, {source}",
+            f"{share} %",
+            virtual=source,
         )
+        for source, key in (("popularity", ""), (f"Gram ε = {EPSILON:g}", "virtual = 'given'\n"))
         for share in (20, 50, 80)
     ]
+    coins = [
+        Row(
+            f"coins, ε = {epsilon} an item",
+            f"[randomized_response]\nepsilon_per_item = {epsilon}\nexpected_items = {{length}}\n",
+            "coins",
+            f"ε = {epsilon} an item",
+        )
+        for epsilon in (4, 2)
+    ]
     return [
-        Row("pseudonyms only", "", MUTED),
-        Row("times by month", "[times]\nto = 'month'\n", MUTED),
-        Row("no times", NO_TIMES, MUTED),
-        Row("no times, no ratings", f"{NO_TIMES}[ratings]\nto = 'none'\n", MUTED),
-        Row("5^2-anonymous items", f"{NO_TIMES}[items]\nk = 5\nm = 2\n", "#b07c00"),
-        *(Row(f"groups of {k}", f"[microaggregation]\nk = {k}\n", BLUE, group=k) for k in (2, 5, 10, 20)),
+        Row("pseudonyms only", "", "pseudonyms", "pseudonyms"),
+        Row("times by month", "[times]\nto = 'month'\n", "pseudonyms", "by month"),
+        Row("no times", NO_TIMES, "pseudonyms", "no times"),
+        Row("no times, no ratings", f"{NO_TIMES}[ratings]\nto = 'none'\n", "pseudonyms", "nor ratings"),
+        Row("5^2-anonymous items", f"{NO_TIMES}[items]\nk = 5\nm = 2\n", "5^2-anonymous items", ""),
+        *(Row(f"groups of {k}", f"[microaggregation]\nk = {k}\n", "groups", str(k), group=k) for k in (2, 5, 10, 20)),
         *replaced,
-        *(
-            Row(
-                f"coins, ε = {epsilon} an item",
-                f"[randomized_response]\nepsilon_per_item = {epsilon}\nexpected_items = {{length}}\n",
-                GREEN,
-            )
-            for epsilon in (4, 2)
-        ),
+        *coins,
     ]
 
 
@@ -267,13 +283,14 @@ def _cells(line: dict) -> tuple[str, ...]:
 
 def draw(lines: list[dict], dataset: str):
     """Attack against utility, a point a policy."""
-    colours = {row.name: row.colour for row in rows()}
+    named = {row.name: row for row in rows()}
     points = [
         Point(
-            line["row"],
+            named[line["row"]].short,
             line["report"]["downstream"]["ratio"],
             line["report"]["after"]["reidentification"][WORST]["top1"],
-            colours[line["row"]],
+            named[line["row"]].series,
+            COLOURS[named[line["row"]].series],
         )
         for line in lines
         if line["dataset"] == dataset

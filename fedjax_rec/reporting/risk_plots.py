@@ -15,15 +15,17 @@ class Point(NamedTuple):
     """A release in the picture of risk against utility.
 
     Attributes:
-      name: of the policy.
+      name: of what differs within its series, short.
       utility: ratio of the metric to that of the data as it is.
       risk: share of users who are found, between 0 and 1.
-      colour: of a family of policies.
+      series: policies of a kind are joined by a line, in the order given.
+      colour: of the series.
     """
 
     name: str
     utility: float
     risk: float
+    series: str = ""
     colour: str = BLUE
 
 
@@ -71,48 +73,70 @@ def risk_against_utility(points: Sequence[Point], *, risk: str, utility: str) ->
     """Each release as a point: to the right is more useful, below is less risky.
 
     Args:
-      points: of the releases; names stand beside them, moved apart where they would meet.
+      points: of the releases; points of a series that fall together share a name.
       risk: name of the vertical axis.
       utility: name of the horizontal axis.
     """
+    points = _merged(points)
     most = max([1.0, *(point.utility for point in points)])
+    series = dict.fromkeys((point.series, point.colour) for point in points)
     with matplotlib.rc_context(STYLE):
         figure, (axes,) = new_figure(label_share=0.02)
         figure.set_size_inches(7.4, 4.4)
         figure.subplots_adjust(left=0.08, bottom=0.12, top=0.92)
-        axes.set_xlim(0, 1.3 * most)
-        axes.set_ylim(-0.02, 1.05)
+        axes.set_xlim(0, 1.08 * most)
+        axes.set_ylim(-0.03, 1.08)
         axes.set_xticks(np.arange(0, most + 0.01, 0.2))
-        order = sorted(points, key=lambda point: point.utility)
-        for point, height in zip(order, _heights(order), strict=True):
-            axes.plot([point.utility], [point.risk], "o", color=point.colour, markersize=5)
-            axes.annotate(
-                point.name,
-                (point.utility, point.risk),
-                xytext=(point.utility + 0.02 * most, height),
-                textcoords="data",
-                color=point.colour,
-                fontsize=8,
-                va="center",
-                arrowprops=None
-                if abs(height - point.risk) < 0.03
-                else {"arrowstyle": "-", "color": point.colour, "linewidth": 0.5, "shrinkB": 3},
-            )
+        for name, colour in series:
+            mine = [point for point in points if (point.series, point.colour) == (name, colour)]
+            xs, ys = [point.utility for point in mine], [point.risk for point in mine]
+            axes.plot(xs, ys, "o-", color=colour, markersize=5, linewidth=1, label=name or None)
+        for point, (x, y, side) in zip(points, _label_places(points, most), strict=True):
+            axes.text(x, y, point.name, color=point.colour, fontsize=8, va="center", ha=side)
+        if any(name for name, _ in series):
+            axes.legend(loc="upper left", frameon=False, fontsize=8)
         axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
         name_axes(axes, x=utility, y=risk)
     return figure
 
 
-def _heights(points: Sequence[Point]) -> list[float]:
-    """Heights of names, from left to right, each as near to its point as the names placed before it allow."""
-    placed: list[tuple[float, float]] = []
+def _merged(points: Sequence[Point]) -> list[Point]:
+    """Points of a series at the same place become one."""
+    merged: list[Point] = []
     for point in points:
-        near = [height for at, height in placed if abs(at - point.utility) < 0.34]
-        steps = sorted(np.arange(-24, 25) * 0.0125, key=abs)
-        free = (point.risk + step for step in steps if point.risk + step >= 0)
-        height = next((y for y in free if all(abs(y - other) >= 0.05 for other in near)), point.risk)
-        placed.append((point.utility, float(height)))
-    return [height for _, height in placed]
+        same = [
+            place
+            for place, other in enumerate(merged)
+            if other.series == point.series
+            and max(abs(other.utility - point.utility), abs(other.risk - point.risk)) < 0.01
+        ]
+        if same:
+            merged[same[0]] = merged[same[0]]._replace(name=f"{merged[same[0]].name}, {point.name}")
+        else:
+            merged.append(point)
+    return merged
+
+
+def _label_places(points: Sequence[Point], most: float) -> list[tuple[float, float, str]]:
+    """Where each name goes, beside its point where no other point or name is: x, y and how it is aligned."""
+    taken = [(point.utility - 0.008 * most, point.utility + 0.008 * most, point.risk) for point in points]
+    places = []
+    for point in points:
+        width, gap = 0.0115 * most * len(point.name), 0.016 * most
+        options = []
+        for dy in (0.0, 0.04, -0.04, 0.075, -0.075):
+            right, left = point.utility + gap, point.utility - gap
+            options.append((right, point.risk + dy, "left", right, right + width))
+            options.append((left, point.risk + dy, "right", left - width, left))
+        fits = [option for option in options if option[3] > 0 and option[4] < 1.08 * most and option[1] > -0.02]
+
+        def crowd(option):
+            return sum(low < option[4] and high > option[3] and abs(y - option[1]) < 0.038 for low, high, y in taken)
+
+        x, y, side, low, high = min(fits or options, key=crowd)
+        taken.append((low, high, y))
+        places.append((x, y, side))
+    return places
 
 
 def _add(report: Mapping[str, Any], values: list[list], errors: list[list], read) -> None:
