@@ -239,6 +239,12 @@ def test_users_are_anonymous_and_suppressed_ones_are_gone():
     assert k_anonymity(found.interactions.user_attributes, ["age"]) == 3
     assert record(found.interactions, 3) == record(world, 4)
     assert_nothing_old(found.interactions, world)
+    paid = make_interactions([[0, 1]] * 7, attributes={"age": ages, "salary": np.arange(7)})
+    found = anonymize_users(
+        paid, hierarchies={"age": bands("age", (5,))}, k=3, l=3, sensitive="salary", max_suppressed_share=0.2
+    )
+    assert found.interactions.user_attributes["salary"].tolist() == [0, 1, 2, 4, 5, 6]
+    assert found.table.l == 3
 
 
 @pytest.mark.parametrize(

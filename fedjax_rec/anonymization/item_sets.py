@@ -94,11 +94,10 @@ def km_anonymity(interactions: Interactions, k: int, m: int = 2) -> KmReport:
         tallies.append(_total(_tally(np.triu(pairs, start + 1), k) for start, pairs in pair_supports(x)))
     if m >= 3:
         tallies.append(_total(_tally(triples, k) for _, _, triples in triple_supports(x)))
-    supports = [smallest for smallest, _, _ in tallies if smallest]
     return KmReport(
         k=k,
         m=m,
-        smallest_support=min(supports, default=0),
+        smallest_support=min((smallest for smallest, _, _ in tallies if smallest), default=0),
         num_violations=sum(violations for _, violations, _ in tallies),
         num_itemsets=sum(num for _, _, num in tallies),
         violations_by_size=tuple(violations for _, violations, _ in tallies),

@@ -1,8 +1,10 @@
 """Micro-aggregation: groups of k or more similar users, who all get the same released item set.
 
 Domingo-Ferrer and Mateo-Sanz, 2002, "Practical Data-Oriented Microaggregation for Statistical Disclosure Control";
-the grouping is MDAV, maximum distance to the average vector. Whatever an attacker knows of somebody's items, ratings
-and dates, k records of the release fit it equally well, so that the right one is named with probability at most 1/k.
+the grouping is MDAV, maximum distance to the average vector, a variant of theirs (Domingo-Ferrer and Torra, 2005,
+"Ordinal, Continuous and Heterogeneous k-Anonymity Through Microaggregation"). Whatever an attacker knows of somebody's
+items, ratings and dates, k records of the release fit it equally well, so that the right one is named with probability
+at most 1/k.
 
 Heuristic, no guarantee against background knowledge, unlike differential privacy: what a group shares is told of each
 of its members, and an attacker who knows the other members learns what the last one added.
@@ -57,7 +59,8 @@ def microaggregate(
     """Groups similar users and releases one item set for each group, once for each member.
 
     Users are compared by their rows x / |x|, projected on the leading ``dim`` singular vectors. The released set holds
-    the items that most members have, as many as the median length of their records; among equals the popular ones.
+    the items that most members have, up to the median length of their records; among equals the popular ones. An item
+    that one member alone had would be told of that member, with its rating, and stays out unless ``min_members`` is 1.
     Ratings are means over the members who rated the item, times (if asked for) means of the known ones. User attributes
     are dropped: with them the members of a group would differ again.
 

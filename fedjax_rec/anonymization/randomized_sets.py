@@ -42,9 +42,10 @@ def randomize_sets(
     ``expected_items`` = d, a public number, q falls until ``q (M - d) = (1 - p) d``, with ``p = e^eps q``: a record of
     d items has d in expectation afterwards. Sparse, and most of it random: ``p = e^eps d / (e^eps d + M - d)``.
 
-    Guarantee: pure; released is the item set of every user, once. With ``eps`` = ``epsilon_per_item``: adding or
-    removing one interaction changes one bit and costs ``eps = max(log p/q, log (1-q)/(1-p))``; swapping one for another
-    ``log p(1-q) / q(1-p)``, at most 2 eps; another history altogether, the user-level number, M eps. No sampling.
+    Guarantee: pure; replace-one; released is the item set of every user, once; no sampling. With ``eps`` =
+    ``epsilon_per_item``: adding or removing one interaction changes one bit and costs
+    ``eps = max(log p/q, log (1-q)/(1-p))``; swapping one for another ``log p(1-q) / q(1-p)``, at most 2 eps; another
+    history altogether, the user-level number, M eps.
     Ratings and times are dropped, as only real items have them, and attributes, which no coin covers. Labels are the
     users' own: a release wants pseudonyms as well. Coins are integers of 32 bits, rounded towards less information.
 

@@ -174,8 +174,10 @@ def anonymize_users(
     wanted = [*hierarchies] + ([] if sensitive is None else [sensitive])
     attributes = {name: interactions.user_attributes[name] for name in wanted if name in interactions.user_attributes}
     table = anonymize_table(attributes, hierarchies=hierarchies, k=k, sensitive=sensitive, **options)
-    renamed = dataclasses.replace(interactions, user_attributes=table.columns)
-    return UserRelease(keep_users(renamed, ~table.suppressed, suffix=f"{k}-anonymous attributes"), table)
+    # Suppressed users leave, so the sensitive values of the others can stay as they are, without a "*" among them.
+    exact = {} if sensitive is None else {sensitive: attributes[sensitive]}
+    general = dataclasses.replace(interactions, user_attributes=table.columns | exact)
+    return UserRelease(keep_users(general, ~table.suppressed, suffix=f"{k}-anonymous attributes"), table)
 
 
 def _checked(table, names, num_rows, k, l, t, sensitive, kind, share) -> np.ndarray | None:
