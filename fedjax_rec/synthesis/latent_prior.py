@@ -113,24 +113,33 @@ def dp_mixture(
     means = spread * jax.random.normal(start_key, (num_components, latent))
     mixture = LatentMixture(jnp.full(num_components, 1.0 / num_components), means, jnp.ones_like(means))
     for step, multiplier in enumerate(noise):
-        step_key = jax.random.fold_in(noise_key, step)
-        mixture = _step(mixture, posteriors, SENSITIVITY * multiplier, step_key, num_components=num_components)
+        step_key, stddev = jax.random.fold_in(noise_key, step), SENSITIVITY * float(multiplier)
+        sums = noised_sum(mixture.means, posteriors, stddev, step_key, num_components=num_components)
+        mixture = mixture_of(sums, stddev)
     released = "noised counts, means and second moments of users' encodings"
     event = dp_accounting.GaussianDpEvent(float(noise[0]))
     return mixture, Entry(MIXTURE, event, len(noise), "all", released)
 
 
 @partial(jax.jit, static_argnames="num_components")
-def _step(mixture, posteriors, stddev, key, *, num_components):
+def noised_sum(
+    means: jax.Array, posteriors: Posterior, stddev: jax.Array, key: jax.Array, *, num_components: int
+) -> jax.Array:
+    """What a step releases, float32 ``[components, 1 + 2 latent]``: users' contributions, summed and noised."""
+
     def one(mean, log_variance):
-        nearest = jnp.argmin(jnp.square(mean[None, :] - mixture.means).sum(-1))
+        nearest = jnp.argmin(jnp.square(mean[None, :] - means).sum(-1))
         return contribution(Posterior(mean, log_variance), nearest, num_components)
 
     total = jax.vmap(one)(*posteriors).sum(0)
-    released = total + stddev * jax.random.normal(key, total.shape)  # the noise
-    latent = mixture.means.shape[1]
+    return total + stddev * jax.random.normal(key, total.shape)  # the noise
+
+
+def mixture_of(released: jax.Array, stddev: float) -> LatentMixture:
+    """The mixture that released sums stand for: post-processing."""
+    latent = (released.shape[1] - 1) // 2
     # Counts that are all noise are not to be divided by.
-    counts = jnp.maximum(released[:, :1], jnp.maximum(2.0 * stddev, 1.0))
+    counts = jnp.maximum(released[:, :1], max(2.0 * stddev, 1.0))
     means, squares = jnp.split(released[:, 1:] * math.sqrt(latent) / counts, 2, axis=1)
     variances = jnp.maximum(squares - jnp.square(means), _SMALLEST_VARIANCE)
     return LatentMixture(counts[:, 0] / counts.sum(), means, jnp.sqrt(variances))
