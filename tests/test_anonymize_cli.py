@@ -12,6 +12,7 @@ from fedjax_rec.anonymization.policy import EXAMPLE, parse_policy
 from fedjax_rec.anonymization.pseudonyms import load_key, pseudonyms
 from fedjax_rec.cli import anonymize as cli
 from fedjax_rec.cli.anonymize import AnonymizeConfig, beside, run
+from fedjax_rec.cli.main import main
 from fedjax_rec.data import load, synthetic, write_interactions
 
 POLICY = """\
@@ -127,6 +128,18 @@ def test_requests_that_cannot_be_met_leave_nothing(tmp_path, settings, monkeypat
         run(AnonymizeConfig(**(settings | changed | paths)))
     assert sorted(path for path in tmp_path.rglob("*")) == before
     assert (tmp_path / "keys" / "old.key").read_text() == "old"
+
+
+def test_the_command_ends_with_a_sentence_and_code_2(settings, capsys):
+    flags = ["--policy", str(settings["policy"]), "--dataset", settings["dataset"], "--out", str(settings["out"])]
+    assert main(["anonymize", *flags, "--no-evaluate", "--seed", "1"]) == 0
+    assert json.loads((settings["out"] / "risk.json").read_text())["seeded"] is True
+    assert "A rehearsal, not for handing out" in capsys.readouterr().out
+    assert main(["anonymize", *flags]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("fedjax-rec: ")
+    assert error.count("\n") == 1
+    assert "not an empty folder; choose another --out" in error
 
 
 @pytest.mark.parametrize("name", ["interactions.parquet", "risk.json", "other"])
