@@ -64,6 +64,9 @@ def test_the_interval_of_a_ratio_is_that_of_the_delta_method():
     estimate = found.row("ease", "virtual").ratio
     assert estimate.value == pytest.approx(ratio)
     assert (estimate.high - estimate.low) / 2 == pytest.approx(1.96 * error, rel=0.1)
+    share = found.row("ease", "virtual").above_popularity
+    assert share.value == pytest.approx((y.mean() - found.popularity) / (x.mean() - found.popularity))
+    assert share.low < share.value < share.high
 
 
 def test_settings_are_chosen_on_validation_users_and_never_on_test_users():
@@ -103,6 +106,8 @@ def test_matrix_factorisation_and_the_chain_rank_for_users_they_never_saw():
     )
     assert choose(markov(), PEOPLE.members, SPLIT.history, validation, seed=0).validation > 0
     sampler = popularity_sampler(PEOPLE.members, num_users=100, seed=0)
+    ordered = utility(SPLIT, PEOPLE.members, downstream=("markov",), others={SAMPLER: sampler}, mixed=False)
+    assert [row.trained_on for row in ordered.rows] == ["real", "virtual"]
     with pytest.raises(ValueError, match="learns from the order"):
         choose(markov(), sampler, SPLIT.history, validation, seed=0)
 

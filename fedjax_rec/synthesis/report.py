@@ -26,7 +26,7 @@ from fedjax_rec.synthesis.downstream import Downstream
 from fedjax_rec.synthesis.fidelity import Fidelity, fidelity
 from fedjax_rec.synthesis.methods import Report, quiet
 from fedjax_rec.synthesis.populations import on_catalogue, popularity_sampler, populations
-from fedjax_rec.synthesis.utility import Utility, utility
+from fedjax_rec.synthesis.utility import VIRTUAL, Utility, utility
 
 SAMPLER = "popularity sampler"
 
@@ -154,12 +154,17 @@ def evaluate_virtual(
 def report_table(report: VirtualReport) -> Table:
     """The figures that decide, one a row, for virtual users and the popularity sampler."""
     rows = []
+    floor = {row.downstream: row for row in report.utility.rows if row.trained_on == SAMPLER}
     for row in report.utility.rows:
-        if row.trained_on == "virtual":
-            other = report.utility.row(row.downstream, SAMPLER)
-            rows.append((f"{row.downstream}: {report.utility.metric}", _text(row.ndcg), _text(other.ndcg)))
-            rows.append((f"{row.downstream}: ratio to real", _text(row.ratio), _text(other.ratio)))
-            rows.append((f"{row.downstream}: above popularity", *(_text(r.above_popularity) for r in (row, other))))
+        if row.trained_on == VIRTUAL:
+            both = (row, floor.get(row.downstream))
+            for label, name in (
+                (report.utility.metric, "ndcg"),
+                ("ratio to real", "ratio"),
+                ("above popularity", "above_popularity"),
+            ):
+                cells = [MISSING if one is None else _text(getattr(one, name)) for one in both]
+                rows.append((f"{row.downstream}: {label}", *cells))
         elif row.gain is not None:
             rows.append((f"{row.downstream}: gain of {row.trained_on}", _text(row.gain, sign="+"), MISSING))
     sides = (report.virtual, report.sampler)

@@ -74,8 +74,11 @@ class Utility:
     per_user: Mapping[tuple[str, str], np.ndarray]
 
     def row(self, downstream: str, trained_on: str) -> UtilityRow:
-        """The row of a recommender and a training set."""
-        return next(row for row in self.rows if (row.downstream, row.trained_on) == (downstream, trained_on))
+        """The row of a recommender and a training set; KeyError if it was not trained."""
+        for row in self.rows:
+            if (row.downstream, row.trained_on) == (downstream, trained_on):
+                return row
+        raise KeyError((downstream, trained_on))
 
 
 def utility(
@@ -94,8 +97,9 @@ def utility(
     Args:
       split: by whole users, see `populations`; its validation users choose settings, its test users are asked.
       virtual: virtual users; as many as train users make the fairest comparison.
-      downstream: recommenders, by name or given.
-      others: more sets to train on alone, by name, such as {"popularity sampler": ...}.
+      downstream: recommenders, by name or given; one that learns from order needs virtual users with time order.
+      others: more sets to train on alone, by name, such as {"popularity sampler": ...}; sets without time order are
+        left out for recommenders that need it.
       few_share: share of train users that "few real" has, drawn with ``seed``.
       mixed: whether real and virtual users are also trained on together.
       seed: of the few users, of training and of the bootstrap.
@@ -120,6 +124,8 @@ def utility(
     per_user, settings = {}, {}
     for recommender in recommenders:
         for name, users in sets.items():
+            if recommender.ordered and users.timestamps is None and name not in (REAL, VIRTUAL):
+                continue  # a set beside the virtual one that has no order; of the virtual one it is refused
             report(len(per_user), len(recommenders) * len(sets), f"{recommender.name} trained on {name} users")
             chosen = choose(recommender, users, split.history, validation, seed=seed)
             settings[recommender.name, name] = chosen.setting
