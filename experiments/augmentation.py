@@ -51,6 +51,7 @@ NAME, NUM_SEEDS = "augmentation", 3
 SHARES, SHOWN = (0.0, 0.05, 0.1, 0.25, 1.0), (5, 10)
 ADDED = ("nothing", "popularity", "gram, no privacy", "gram, epsilon 8")
 EPSILON = {"gram, no privacy": math.inf, "gram, epsilon 8": 8.0}
+GRAM = {"rank": 50, "temperature": 0.4, "counts_weight": 1.5}
 DOWNSTREAM = {"ease": ease(l2=(30.0, 100.0, 300.0, 1000.0)), "mf": mf(l2=(0.003, 0.01, 0.03))}
 CONFIDENCE = 1.96
 
@@ -107,7 +108,7 @@ def world(seed: int, data_dir: Path | None, smoke: bool):
     added = {"nothing": None, "popularity": popularity_sampler(real, num_users=real.num_users, seed=seed)}
     for name, epsilon in EPSILON.items():
         fit_key, draw_key = jax.random.split(jax.random.fold_in(jax.random.key(seed), int(epsilon == math.inf)))
-        fitted = fit_generator(gram_method(), real, epsilon=epsilon, key=fit_key)
+        fitted = fit_generator(gram_method(**GRAM), real, epsilon=epsilon, key=fit_key)
         added[name] = virtual_users(
             fitted.generator, fitted.lengths, num_users=real.num_users, key=draw_key, catalogue=split.train
         )
