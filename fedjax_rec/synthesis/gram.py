@@ -54,20 +54,22 @@ class LatentGaussian(NamedTuple):
 
 
 def gram_method(
-    *, rank: int = 50, temperature: float = 0.4, counts_weight: float = 2.0, head: int | None = None
+    *, rank: int = 50, temperature: float = 0.4, counts_weight: float = 1.5, head: int | None = None
 ) -> Method:
     """Virtual users of a low-rank Gaussian, from the two releases of the module's equation.
 
     Guarantee: user-level, adding or removing one user with all of its rows. Two Gaussian mechanisms on all users,
     without amplification by sampling, each of L2 sensitivity 1 (G in the coordinates `dp_gram.svec`), at the noise
     multipliers of the phases "counts" and "gram"; the second uses the first, which composition allows. The catalogue
-    and the number of users are public; everything else is post-processing of the two.
+    and the number of users with rows are public; everything else is post-processing of the two.
+
+    The defaults were found on MovieLens 100K and 1M. That look is not in the epsilon of a release of these two.
 
     Args:
       rank: the most directions that are kept, whatever stands out of the noise.
       temperature: of the items' own noise. At 1 rows vary as real ones do, and recommenders learn less from them; at 0
         a virtual user is its z, and few rare items ever come up.
-      counts_weight: noise of m in units of that of G: 2 spends a fifth of the budget.
+      counts_weight: noise of m in units of that of G: 1.5 spends three tenths of the budget.
       head: items of G; None = `head_size`, of the public numbers and the noise.
 
     Raises:
