@@ -13,7 +13,8 @@ from fedjax_rec.evaluation import cases, constant_scorer, evaluate
 from fedjax_rec.models.ials import fold_in
 from fedjax_rec.models.popularity import popularity_scorer
 from fedjax_rec.reporting.tables import to_markdown
-from fedjax_rec.synthesis.downstream import Downstream, choose, ease, markov, measure, mf
+from fedjax_rec.synthesis.downstream import Downstream, choose, ease, markov, mf
+from fedjax_rec.synthesis.downstream import tested as metrics_of  # another name, or pytest takes it for a test
 from fedjax_rec.synthesis.populations import (
     dense_rows,
     on_catalogue,
@@ -85,7 +86,7 @@ def test_settings_are_chosen_on_validation_users_and_never_on_test_users():
     chosen = choose(Downstream("fixed", train_both), split.train, split.history, cases(split, "validation"), seed=0)
     assert chosen.setting == {"item": 3}
     assert chosen.validation == 1.0
-    assert measure(chosen, split.history, cases(split, "test")).values["ndcg@20"] < 0.5
+    assert metrics_of(chosen, split.history, cases(split, "test")).values["ndcg@20"] < 0.5
 
 
 def test_vectors_of_new_users_solve_their_own_equations():

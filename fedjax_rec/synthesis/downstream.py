@@ -158,7 +158,7 @@ def choose(
     return best
 
 
-def measure(chosen: Chosen, history: Interactions, asked: Cases) -> Evaluation:
+def tested(chosen: Chosen, history: Interactions, asked: Cases) -> Evaluation:
     """Metrics on real users."""
     return evaluate(chosen.scorer_of(history), asked, ks=(CUT_OFF,))
 

@@ -22,7 +22,7 @@ from fedjax_rec.evaluation.exact import evaluate
 from fedjax_rec.evaluation.heldout import cases
 from fedjax_rec.models.popularity import popularity_scorer
 from fedjax_rec.reporting.formatting import Estimate
-from fedjax_rec.synthesis.downstream import CUT_OFF, METRIC, Downstream, as_downstream, choose, measure
+from fedjax_rec.synthesis.downstream import CUT_OFF, METRIC, Downstream, as_downstream, choose, tested
 from fedjax_rec.synthesis.methods import Report, quiet
 from fedjax_rec.synthesis.populations import on_catalogue, populations, stack_users, take_users
 
@@ -129,7 +129,7 @@ def utility(
             report(len(per_user), len(recommenders) * len(sets), f"{recommender.name} trained on {name} users")
             chosen = choose(recommender, users, split.history, validation, seed=seed)
             settings[recommender.name, name] = chosen.setting
-            per_user[recommender.name, name] = measure(chosen, split.history, asked).per_user[METRIC]
+            per_user[recommender.name, name] = tested(chosen, split.history, asked).per_user[METRIC]
     resample = _bootstrap(asked.num_cases, seed)
     rows = []
     for (recommender, name), values in per_user.items():
