@@ -1,4 +1,4 @@
-"""Risk: virtual users of an autoencoder mix what does not go together, or hand out what an encoder says of real ones."""
+"""Risk: virtual users of an autoencoder mix what is apart, or hand out what an encoder says of real ones."""
 
 import jax
 import jax.numpy as jnp
@@ -59,7 +59,8 @@ def test_virtual_users_stay_within_a_clique(fitted):
     second = (histories >= 8).mean(1)
     assert np.mean((second == 0) | (second == 1)) > 0.9
     assert 0.25 < second.mean() < 0.75  # and of both of them
-    assert not fitted.private and fitted.releases == ()
+    assert not fitted.private
+    assert fitted.releases == ()
 
 
 def test_draws_are_deterministic_and_independent_of_the_batch(fitted):
@@ -78,8 +79,10 @@ def test_a_generator_holds_a_decoder_and_a_prior_and_nothing_of_users(name, requ
     paths = [jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(generator.params)]
     assert not any("encoder" in path or "'item'" in path for path in paths)
     sizes = {size for leaf in jax.tree.leaves(generator.params) for size in leaf.shape}
-    assert not sizes & {NUM_USERS, NUM_USERS - 1} and sizes <= {1, 2, 3, NUM_ITEMS}
-    assert generator.scores._fields == ("temperature", "gumbel_scale") and generator.sequence is None
+    assert not sizes & {NUM_USERS, NUM_USERS - 1}
+    assert sizes <= {1, 2, 3, NUM_ITEMS}
+    assert generator.scores._fields == ("temperature", "gumbel_scale")
+    assert generator.sequence is None
     assert all(isinstance(value, str | int | float | bool | None) for value in generator.choices.values())
 
 
@@ -87,19 +90,21 @@ def test_every_release_is_charged_as_it_was_planned(private):
     """Phases, counts and cohorts; the number of users is that of users with rows."""
     planned = {phase.name: phase for phase in MIXED.phases(NUM_USERS - 1, NUM_ITEMS)}
     entries = {entry.phase: entry for entry in private.releases}
-    assert private.private and set(entries) == set(planned) == {"counts", "training", "mixture"}
+    assert private.private
+    assert set(entries) == set(planned) == {"counts", "training", "mixture"}
     assert {name: entry.count for name, entry in entries.items()} == {"counts": 1, "training": 3, "mixture": NUM_STEPS}
     assert all(p.rounds == entries[name].count for name, p in planned.items())
     sampled = entries["training"].event
     sampler = poisson(NUM_USERS - 1, cohort_size=planned["training"].cohort_size)
     assert entries["training"].sampler == sampler.name == "poisson"
-    assert sampled == sampler.dp_event(sampled.event) and sampled.event.noise_multiplier == 2.0
+    assert sampled == sampler.dp_event(sampled.event)
+    assert sampled.event.noise_multiplier == 2.0
     assert np.isfinite(Ledger(entries=private.releases).spent(1e-3).epsilon)
 
 
 def test_one_round_of_training_adds_the_planned_noise():
     """With noise far above any signal, the table of items less its first value is the noise: KS at three scales."""
-    how = PrivateTraining(latent=64, rounds=1, sampling_prob=0.5, shrink=0.0, init_stddev=1e-6)
+    how = PrivateTraining(latent=64, rounds=1, sampling_prob=0.5, init_stddev=1e-6)
     method = vae_method(private=how)
     noise = {"counts": np.array([1.0]), "training": np.array([1e4])}
     found = method.fit(CLIQUES, noise, jax.random.key(3), quiet)
@@ -129,7 +134,8 @@ def test_one_user_moves_a_step_by_no_more_than_its_sensitivity(means, logs):
 
 def test_the_bound_is_reached_and_short_contributions_pass_as_they_are():
     far = contribution(Posterior(jnp.full(3, 100.0), jnp.zeros(3)), jnp.int32(1), 2)
-    assert np.isclose(np.linalg.norm(far), SENSITIVITY, rtol=1e-6) and not np.any(far[0])
+    assert np.isclose(np.linalg.norm(far), SENSITIVITY, rtol=1e-6)
+    assert not np.any(far[0])
     near = contribution(Posterior(jnp.array([0.5, 0.0, 0.0]), jnp.full(3, -9.0)), jnp.int32(0), 2)
     expected = np.array([1, 0.5, 0, 0, 0.25 + np.exp(-9), np.exp(-9), np.exp(-9)]) / np.sqrt([1, 3, 3, 3, 3, 3, 3])
     np.testing.assert_allclose(near[0], expected, rtol=1e-5)
@@ -171,6 +177,6 @@ def test_bad_settings_are_refused_with_the_value():
         vae_method(private=PrivateTraining(sampling_prob=1.5))
     with pytest.raises(ValueError, match="no user with a row"):
         METHOD.fit(interactions([[]], num_items=NUM_ITEMS), zeros(METHOD), jax.random.key(0), quiet)
+    uneven = zeros(MIXED) | {"mixture": np.array([1.0, 2, 2, 2, 2])}
     with pytest.raises(ValueError, match="must be equal"):
-        uneven = zeros(MIXED) | {"mixture": np.array([1.0, 2, 2, 2, 2])}
         MIXED.fit(CLIQUES, uneven, jax.random.key(0), quiet)

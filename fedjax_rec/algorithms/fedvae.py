@@ -35,7 +35,6 @@ def fedvae(
     local_steps: int = 1,
     client_lr: float = 1.0,
     server_optimizer: optax.GradientTransformation | None = None,
-    trained: tuple[str, ...] | None = None,
 ) -> Algorithm:
     """Federated training of an autoencoder.
 
@@ -50,21 +49,15 @@ def fedvae(
       local_steps: of gradient descent on the client.
       client_lr: their learning rate; with one step it only scales the update, which a clip norm is in units of.
       server_optimizer: ``optax.adam(0.01)`` by default.
-      trained: names of the tables that move, None = all. The rest keeps its first value: nobody sends it, so it takes
-        no part of a clip.
 
     Raises:
-      ValueError: for numbers out of range, or a table that the autoencoder does not have.
+      ValueError: for numbers out of range.
     """
     if not beta >= 0 or anneal_rounds < 0 or local_steps < 1 or not client_lr > 0:
         raise ValueError(
             "FedVAE needs beta >= 0, anneal_rounds >= 0, local_steps >= 1 and client_lr > 0, and got "
             f"beta={beta}, anneal_rounds={anneal_rounds}, local_steps={local_steps}, client_lr={client_lr}."
         )
-    names = tuple(sorted(jax.eval_shape(vae.init, jax.random.key(0)).tables))
-    trained = names if trained is None else trained
-    if not set(trained) <= set(names):
-        raise ValueError(f"The autoencoder has tables {', '.join(names)}; trained names {', '.join(trained)}.")
     server_optimizer = optax.adam(0.01) if server_optimizer is None else server_optimizer
 
     def weight(round_index):
@@ -93,10 +86,7 @@ def fedvae(
         params, losses = jax.lax.scan(step, received, jnp.arange(local_steps))
         update = jax.tree.map(jnp.subtract, params, received)
         ids = jnp.arange(client.num_items, dtype=jnp.int32)
-        tables = {
-            name: Rows(ids, change if name in trained else jnp.zeros_like(change), client.num_items, whole=True)
-            for name, change in update.tables.items()
-        }
+        tables = {name: Rows(ids, change, client.num_items, whole=True) for name, change in update.tables.items()}
         own = {"mean": vae.encode(received, row).mean}
         metrics = {"loss": losses.total[0], "nll": losses.nll[0], "divergence": losses.divergence[0]}
         dense = update.dense | {"beta": jnp.zeros(())}
@@ -105,9 +95,7 @@ def fedvae(
     def server_update(state, aggregate):
         params = vae_params(state.shared)
         gradient = jax.tree.map(jnp.negative, vae_params(aggregate))
-        # Noise on a table that stays is dropped here, after the release.
-        tables = {name: g if name in trained else jnp.zeros_like(g) for name, g in gradient.tables.items()}
-        change, opt_state = server_optimizer.update(Shared(tables, gradient.dense), state.opt_state, params)
+        change, opt_state = server_optimizer.update(gradient, state.opt_state, params)
         params = optax.apply_updates(params, change)
         shared = Shared(params.tables, params.dense | {"beta": weight(state.round + 1)})
         return state._replace(shared=shared, opt_state=opt_state)

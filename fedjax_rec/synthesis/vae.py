@@ -68,12 +68,11 @@ class PrivateTraining(NamedTuple):
       rounds: of training.
       sampling_prob: of a user in a round.
       l2_clip_norm: of a user's update, in units of the loss's gradient.
-      server_lr: of plain gradient descent on the mean of clipped updates, over the clip norm. Plain, so that noise adds
-        up linearly and its level in the tables is known.
+      server_lr: of plain gradient descent on the mean of clipped updates, over the clip norm. Plain, so that signal adds
+        up over rounds and noise only as its square root; Adam would take its steps by the noise.
       counts_share: share of the budget for the popularity that biases start from.
       beta: weight of the divergence.
       init_stddev: of the item table's first entries.
-      shrink: how far singular values of the item table are lowered, in units of the largest one of its noise.
     """
 
     latent: int = 16
@@ -82,9 +81,8 @@ class PrivateTraining(NamedTuple):
     l2_clip_norm: float = 1.0
     server_lr: float = 1.0
     counts_share: float = 0.3
-    beta: float = 1.0
+    beta: float = 0.05
     init_stddev: float = 0.1
-    shrink: float = 1.0
 
 
 class VaeGenerator(NamedTuple):
@@ -265,7 +263,6 @@ def _rounds(
     """Parameters after all rounds, and what the rounds released."""
     nothing = users.take(np.zeros(users.num_interactions, bool))
     clients = client_data(Split(users, nothing, nothing, nothing, rule="all users"), num_buckets=1)
-    # The server's step is a multiple of the mean of clipped updates: noise adds up to a level that is known.
     optimizer = optax.sgd(how.server_lr / how.l2_clip_norm)
     algorithm = fedvae(vae, beta=how.beta, server_optimizer=optimizer)
     sampler = poisson(clients.num_clients, cohort_size=how.sampling_prob * clients.num_clients)
@@ -279,17 +276,5 @@ def _rounds(
         state, kept, _ = training.run(state, kept, RoundKeys(*run_keys), num_rounds)
         jax.block_until_ready(state.round)
         report(done + num_rounds, len(noise), "rounds of training")
-    level = how.server_lr * float(np.sqrt(np.sum(np.square(noise)))) / sampler.expected_size
-    params = vae_params(state.shared)
-    tables = {n: t if n == "bias" else _shrunk(t, how.shrink * level) for n, t in params.tables.items()}
     charged = training.charge(Ledger(), first_round=0, num_rounds=len(noise), phase=TRAINING)
-    return Shared(tables, params.dense), list(charged.entries)
-
-
-def _shrunk(table: jax.Array, level: float) -> jax.Array:
-    """The table ``[items, width]`` with singular values lowered by the largest one of noise of that level."""
-    if level == 0:
-        return table
-    left, values, right = jnp.linalg.svd(table, full_matrices=False)
-    edge = level * (math.sqrt(table.shape[0]) + math.sqrt(table.shape[1]))
-    return (left * jnp.maximum(values - edge, 0.0)[None, :]) @ right
+    return vae_params(state.shared), list(charged.entries)
