@@ -256,7 +256,7 @@ def risk_table(lines: list[dict], dataset: str) -> Table:
             f"Columns of knowledge: share of {TARGETS} random users whose record has the best score, from {KNOWN} "
             "items of theirs, ± one standard error. Partly wrong: two of the items are others, each rating is off by "
             "one, each date by two weeks.",
-            "The strongest of three scores is shown, with partly wrong knowledge also without ratings or dates. "
+            "The strongest of three scores, and of those without ratings or dates, is shown. "
             f"Published score: that of the paper, with {WORST}.",
         ),
     )

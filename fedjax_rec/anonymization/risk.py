@@ -35,8 +35,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
 two weeks."""
 
 LENGTH_POWERS = (0.0, 0.25, 0.5)
-"""Scores that the attacker tries: the published one, and two that do not favour long records. With partly wrong
-knowledge it also tries without dates, and without ratings: what is wrong about the right items misleads."""
+"""Scores that the attacker tries: the published one, and two that do not favour long records. It also tries without
+dates, and without ratings: more knowledge must not find fewer, and what is wrong about the right items misleads."""
 
 
 def risk_report(
@@ -173,9 +173,8 @@ def without_nan(values: Any) -> Any:
 def _attempts(options: dict[str, Any]) -> list[dict[str, Any]]:
     """What the attacker tries, the published score first."""
     known = options["known"]
-    fewer = range(1, len(known)) if options.get("wrong_share") else ()
     return [{"length_power": power, "known": known} for power in LENGTH_POWERS] + [
-        {"length_power": LENGTH_POWERS[1], "known": known[:num]} for num in fewer
+        {"length_power": LENGTH_POWERS[1], "known": known[:num]} for num in range(1, len(known))
     ]
 
 

@@ -104,7 +104,7 @@ def risk_table(report: Mapping[str, Any]) -> Table:
         notes=(
             f"Found: of {_targets(before)} random users, the right record has the best score; ± one standard error. "
             "The attacker tries the score of Narayanan and Shmatikov (2008), that score corrected for the lengths of "
-            "records in two ways, and less of what may be wrong. Shown is the strongest; below it the published score, "
+            "records in two ways, and without ratings or dates. Shown is the strongest; below it the published score, "
             "with the share of users for whom a record stands out and the share of these matches that is right.",
         ),
     )
