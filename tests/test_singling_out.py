@@ -41,6 +41,8 @@ def test_risk_is_what_the_attack_adds_to_the_control():
     # d risk / d attack = 1 / 0.8 and d risk / d control = -0.4 / 0.64
     assert wide.low == pytest.approx(0.5 - np.hypot(0.1 / 0.8, 0.1 * 0.4 / 0.64))
     assert risk(Estimate(1.0, 0.9, 1.0), Estimate(0.2, 0.1, 0.3)).value == pytest.approx(1.0)
+    assert risk(Estimate(0.5, 0.4, 0.6), Estimate(1.0, 0.9, 1.0)) == Estimate(0.0, -1.0, 1.0)
+    assert risk(Estimate(0.0, 0.0, 0.1), Estimate(0.99, 0.9, 1.0)).value == -1.0
 
 
 def test_singling_out_by_hand():

@@ -254,13 +254,18 @@ def wilson(successes: float, trials: int) -> Estimate:
 
 
 def risk(attack: Estimate, control: Estimate) -> Estimate:
-    """(attack - control) / (1 - control), with the intervals of both carried through (to first order, in squares)."""
-    left = max(1 - control.value, 1e-9)
+    """(attack - control) / (1 - control), with the intervals of both carried through (to first order, in squares).
+
+    Cut at -1. Where the control always succeeds nothing is left to give away: 0, and the interval says nothing.
+    """
+    left = 1 - control.value
+    if left <= 0:
+        return Estimate(0.0, -1.0, 1.0)
     value = (attack.value - control.value) / left
     slope = (1 - attack.value) / left**2
-    low = np.hypot((attack.value - attack.low) / left, slope * (control.high - control.value))
-    high = np.hypot((attack.high - attack.value) / left, slope * (control.value - control.low))
-    return Estimate(float(value), float(value - low), float(min(value + high, 1.0)))
+    down = np.hypot((attack.value - attack.low) / left, slope * (control.high - control.value))
+    up = np.hypot((attack.high - attack.value) / left, slope * (control.value - control.low))
+    return Estimate(*(float(np.clip(x, -1.0, 1.0)) for x in (value, value - down, value + up)))
 
 
 def _claims(predicates, inside: np.ndarray, outside: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
