@@ -54,7 +54,7 @@ class LatentGaussian(NamedTuple):
 
 
 def gram_method(
-    *, rank: int = 50, temperature: float = 0.4, counts_weight: float = 1.5, head: int | None = None
+    *, rank: int = 50, temperature: float = 0.3, counts_weight: float = 1.5, head: int | None = None
 ) -> Method:
     """Virtual users of a low-rank Gaussian, from the two releases of the module's equation.
 
