@@ -136,8 +136,8 @@ def gram_method(
 def head_size(num_users: int, num_items: int, noise_multiplier: float) -> int:
     """Items of the released Gram matrix, 8 sqrt(N) / noise multiplier, at least 2 and at most all.
 
-    The edge of its noise is then at 4 sqrt(s N^(1/2)), against eigenvalues that grow with N. Fixed on MovieLens for
-    noise multipliers of 0.6 to 2, where ndcg moves by .02 between half and twice as many.
+    The edge of its noise is then at 4 sqrt(s) N^(1/4), against eigenvalues that grow with N. Found on MovieLens 100K at
+    epsilon 2 to 8, where two thirds or one and a half as many move the ratio of utility by at most .03.
     """
     if noise_multiplier == 0:
         return num_items
