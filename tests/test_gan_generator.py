@@ -73,10 +73,10 @@ def test_gradient_penalty_of_a_linear_critic_by_hand():
     loss = jax.value_and_grad(gan_rows.critic_loss, argnums=(0, 1))
     value, (by_table, by_dense) = loss(table, dense, *map(jnp.float32, (row, fake, 0.3)), weight)
     norm = 3 * 0.5  # |3 slope|, wherever between the rows
-    assert value == pytest.approx(3 * slope @ (fake - row) + weight * (norm - 1) ** 2, rel=1e-5)
+    assert value == pytest.approx(3 * slope @ (fake - row) + weight * (norm - 1) ** 2, abs=1e-4)
     expected = 3 * (fake - row) + weight * 2 * (norm - 1) * 3 * slope / 0.5
-    np.testing.assert_allclose(by_table[:, 0], expected, rtol=1e-5)
-    assert by_dense["hidden"][0, 0] == pytest.approx(slope @ (fake - row) + weight * 2 * (norm - 1) * 0.5, rel=1e-5)
+    np.testing.assert_allclose(by_table[:, 0], expected, rtol=1e-4)
+    assert by_dense["hidden"][0, 0] == pytest.approx(slope @ (fake - row) + weight * 2 * (norm - 1) * 0.5, rel=1e-4)
 
 
 def test_a_constant_critic_has_a_finite_gradient():
@@ -119,8 +119,10 @@ def test_noise_in_counts_of_rare_items_is_averaged_out():
 
 QUICK = {"row_lengths": (4, 4), "sizes": SIZES, "generator_batch_size": 32}
 METHODS = {
-    "gan": gan_method(rounds=500, sampling_prob=0.5, generator_steps=1, generator_lr=5e-3, critic_lr=2e-2, **QUICK),
-    "gan without adversary": gan_method(adversarial=False, moment_steps=300, generator_lr=2e-2, **QUICK),
+    "gan": gan_method(rounds=500, sampling_prob=0.5, generator_lr=1e-2, critic_lr=2e-2, **QUICK),
+    "gan without adversary": gan_method(
+        adversarial=False, moment_steps=300, moment_lr=2e-2, moment_batch_size=32, **QUICK
+    ),
 }
 
 
@@ -133,6 +135,8 @@ def test_two_cliques_are_found_and_nothing_is_charged_without_privacy(name):
     drawn = draw_histories(fitted.generator, np.full(200, 4), key=jax.random.key(1))
     assert within_one(drawn) > 0.7  # by popularity alone it is 2 * 15 / 495 = 0.06
     assert 0.3 < np.mean(drawn < 6) < 0.7  # and both of them
+    popularity = likely_counts(dp_popularity(train, noise_multiplier=0.0, key=jax.random.key(0)))
+    np.testing.assert_allclose(fitted.generator.params[0][:, -1], np.log(popularity), rtol=1e-5)  # as it was counted
     assert fitted.spent is None
     assert (fitted.generator.private, fitted.generator.releases) == (False, ())
     assert said[-1][0] == said[-1][1]

@@ -5,10 +5,11 @@
     x = top_n(s) / sqrt(n)                   the row of the n items of highest score, of norm 1
     D(x) = v^T a(W a(A^T x + a0) + w0)       critic, A [items, critic_rank], a = leaky ReLU
 
-The last column of V is a bias: logarithms of popularity there, with zeros elsewhere, sample items by popularity
-(Gumbel top-n). What z adds to a score is odd in z, so of mean zero: tastes come on top of popularity, and a generator
-that is told little keeps the popularity that it started with. Two low-rank tables keep both nets small, which is what noise on their gradients asks for. There is no
-batch norm: a critic's value at one row must not depend on the other rows, or no client's gradient would be its own.
+The last column of V is a bias: with logarithms of popularity there, and zeros elsewhere, items are sampled by
+popularity (Gumbel top-n). What z adds to a score is odd in z, so of mean zero: tastes come on top of popularity, and a
+generator that is told little keeps the popularity that it started with. Two low-rank tables keep both nets small, which
+is what noise on their gradients asks for. There is no batch norm: a critic's value at one row must not depend on the
+other rows, or no client's gradient would be its own.
 
 The two play the game of Arjovsky, Chintala, Bottou (2017), "Wasserstein Generative Adversarial Networks", with the
 gradient penalty of Gulrajani, Ahmed, Arjovsky, Dumoulin, Courville (2017), "Improved Training of Wasserstein GANs":
@@ -26,6 +27,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 _SLOPE = 0.2  # of the leaky ReLU below zero
 Params = dict[str, jax.Array]
@@ -96,6 +98,16 @@ def init_critic(key: jax.Array, sizes: GanSizes, item_weights: jax.Array) -> tup
 
 def _fan_in(key: jax.Array, num_in: int, num_out: int) -> jax.Array:
     return jax.random.normal(key, (num_in, num_out)) / np.sqrt(num_in)
+
+
+def fixed_popularity(optimizer: optax.GradientTransformation) -> optax.GradientTransformation:
+    """The optimizer of a generator (item table, rest) whose bias column keeps the popularity that it started with."""
+
+    def update(gradient, state, params=None):
+        (table, dense), state = optimizer.update(gradient, state, params)
+        return (table.at[:, -1].set(0.0), dense), state
+
+    return optax.GradientTransformation(optimizer.init, update)
 
 
 def item_logits(table: jax.Array, dense: Params, latent: jax.Array) -> jax.Array:

@@ -51,20 +51,23 @@ _SPAN = 50  # rounds, or steps, between two reports
 def gan_method(
     *,
     adversarial: bool = True,
-    rounds: int = 300,
-    sampling_prob: float = 0.2,
-    l2_clip_norm: float = 1.0,
+    rounds: int = 600,
+    sampling_prob: float = 0.1,
+    l2_clip_norm: float = 0.3,
     counts_share: float = 0.1,
-    generator_lr: float = 5e-4,
+    train_popularity: bool = False,
+    generator_lr: float = 7e-4,
     critic_lr: float = 1e-2,
-    generator_steps: int = 4,
+    generator_steps: int = 1,
     generator_batch_size: int = 64,
     penalty_weight: float = 1.0,
     num_fakes: int = 1,
     row_lengths: tuple[int, int] = (20, 200),
     temperature: float = 0.5,
     num_moments: int = 64,
-    moment_steps: int = 1500,
+    moment_steps: int = 600,
+    moment_lr: float = 3e-2,
+    moment_batch_size: int = 128,
     sizes: gan_rows.GanSizes = gan_rows.SMALL,
 ) -> Method:
     """A GAN of users' rows, or its ablation.
@@ -73,7 +76,8 @@ def gan_method(
     "counts", the sum of rows of norm 1 (`dp_popularity`, sensitivity 1) and, in phase "training", one noised sum of
     critic gradients clipped to ``l2_clip_norm`` a round, on secret Poisson cohorts; without the adversary, in phase
     "moments", the Gram matrix of the same rows (`dp_gram`, sensitivity 1). The generator is post-processing of them.
-    Settings must be chosen without the private data, or the choice be charged.
+    The catalogue and the number of users with rows are public. Settings must be chosen without the private data, or the
+    choice be charged.
 
     Args:
       adversarial: False fits the same generator to released moments, without a critic.
@@ -81,7 +85,8 @@ def gan_method(
       sampling_prob: chance of a user to take part in a round; 1 = everybody in every round.
       l2_clip_norm: of a user's critic gradient, in the private case.
       counts_share: about the share of the budget, as 1 / noise^2, that the item counts get; in (0, 1).
-      generator_lr: of Adam.
+      train_popularity: False keeps the released popularity of items as it is, and only tastes are learned.
+      generator_lr: of Adam at the start; it falls to zero along a cosine.
       critic_lr: of Adam, on the server.
       generator_steps: after each critic step.
       generator_batch_size: fake rows of a generator step.
@@ -91,6 +96,8 @@ def gan_method(
       temperature: see `fedgan`.
       num_moments: eigenvectors of the Gram matrix that the moment loss keeps.
       moment_steps: generator steps on that loss.
+      moment_lr: of Adam in them, as ``generator_lr``.
+      moment_batch_size: fake rows in each of them.
       sizes: of the nets.
 
     Raises:
@@ -129,11 +136,17 @@ def gan_method(
         fake = {"row_lengths": row_lengths, "temperature": temperature}
         batch = {"generator_batch_size": generator_batch_size}
         adam = partial(optax.adam, b1=0.5, b2=0.9)
+        num_steps = rounds * generator_steps if adversarial else moment_steps
+        # To zero at the end, or the draw would depend on where in its circles the game was stopped.
+        first_lr = generator_lr if adversarial else moment_lr
+        optimizer = adam(optax.cosine_decay_schedule(first_lr, max(num_steps, 1)))
+        if not train_popularity:
+            optimizer = gan_rows.fixed_popularity(optimizer)
         if adversarial:
             game = {"penalty_weight": penalty_weight, "num_fakes": num_fakes, "generator_steps": generator_steps}
             likely = likely_counts(counts)
             game["item_weights"] = np.sqrt(likely / likely.max())
-            optimizers = {"critic_optimizer": adam(critic_lr), "generator_optimizer": adam(generator_lr)}
+            optimizers = {"critic_optimizer": adam(critic_lr), "generator_optimizer": optimizer}
             algorithm = fedgan(users.num_items, **start, **fake, **batch, **game, **optimizers)
             table, dense, more = _play(algorithm, users, noise[TRAINING], l2_clip_norm, sampling_prob, fit_key, report)
         else:
@@ -141,7 +154,7 @@ def gan_method(
             gram = dp_gram(users, noise_multiplier=float(noise[MOMENTS][0]), key=gram_key)
             more = (Entry(MOMENTS, gram.dp_event, 1, "all", "noised Gram matrix of users' normalised rows"),)
             moments = _moments(gram, counts, num_users=users.num_users, num_moments=num_moments)
-            how = MomentFit(adam(generator_lr), generator_batch_size, *row_lengths, temperature)
+            how = MomentFit(optimizer, moment_batch_size, *row_lengths, temperature)
             table, dense = _match(moments, how, start, moment_steps, fit_key, report)
         private = float(noise[COUNTS][0]) > 0
         return Generator(
