@@ -144,7 +144,9 @@ WITHHELD = [4 * (u % 2) + u // 2 % 4 for u in range(24)]
 @pytest.mark.parametrize("name", ["mult", "rec"])
 def test_the_withheld_item_ranks_first(name):
     if name == "mult":
-        params = train_mult_vae(CLIQUES, seed=0, num_epochs=60, width=6, latent=3, batch_size=8, learning_rate=0.03)
+        params = train_mult_vae(
+            CLIQUES, seed=0, latent=3, width=6, tied=False, dropout=0.5, beta=0.2, batch_size=8, learning_rate=0.03
+        )
         scorer = mult_vae_scorer(params, CLIQUES)
     else:
         vae = rec_vae(8, width=6, latent=6, num_layers=2, gamma=0.01)

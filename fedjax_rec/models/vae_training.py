@@ -60,25 +60,29 @@ def train_mult_vae(
     train: Interactions,
     *,
     seed: int,
-    num_epochs: int = 30,
-    beta: float = 0.2,
-    width: int = 600,
-    latent: int = 200,
-    tied: bool = False,
-    dropout: float = 0.5,
-    learning_rate: float = 1e-3,
+    num_epochs: int = 60,
+    beta: float = 1.0,
+    latent: int = 64,
+    width: int | None = None,
+    tied: bool = True,
+    dropout: float = 0.0,
+    learning_rate: float = 0.01,
     batch_size: int = 100,
     report: Report | None = None,
 ) -> Shared:
     """A Mult-VAE recommender, for `mult_vae_scorer`.
+
+    The defaults are a small tied autoencoder with a linear decoder, which is faster than the paper's and, on MovieLens,
+    ranks better after as many epochs. The paper's: ``latent=200, width=600, tied=False, dropout=0.5, beta=0.2,
+    learning_rate=1e-3``.
 
     Args:
       train: rows of all users, read as 0/1.
       seed: of the initial parameters, the order of users, dropout and z.
       num_epochs: passes over all users.
       beta: weight of the divergence after annealing; see `mult_vae` for the rest.
-      width: columns of the item tables.
       latent: length of z.
+      width: columns of the item tables; None = those of z, which the decoder multiplies them by as it is.
       tied: one item table for both ends.
       dropout: chance that the encoder misses an item.
       learning_rate: of Adam.
@@ -88,7 +92,8 @@ def train_mult_vae(
     Raises:
       ValueError: for settings out of range, or no users.
     """
-    vae = mult_vae(train.num_items, width=width, latent=latent, tied=tied, dropout=dropout)
+    shape = {"width": latent if width is None else width, "latent": latent, "tied": tied, "linear": width is None}
+    vae = mult_vae(train.num_items, dropout=dropout, **shape)
     settings = {"num_epochs": num_epochs, "beta": beta, "batch_size": batch_size, "learning_rate": learning_rate}
     return train_vae(vae, train, key=jax.random.key(seed), report=report, **settings)
 

@@ -68,8 +68,10 @@ class PrivateTraining(NamedTuple):
       rounds: of training.
       sampling_prob: of a user in a round.
       l2_clip_norm: of a user's update, in units of the loss's gradient.
-      server_lr: of plain gradient descent on the mean of clipped updates, over the clip norm. Plain, so that signal adds
-        up over rounds and noise only as its square root; Adam would take its steps by the noise.
+      server_lr: least learning rate of the server, on the mean of clipped updates over the clip norm. Steps are plain
+        gradient descent: signal adds up over rounds, noise only as its square root; Adam would go by the noise.
+      noise_level: standard deviation of the noise that all rounds together may leave in a table's entry, where more
+        users allow a larger learning rate than the least.
       counts_share: share of the budget for the popularity that biases start from.
       beta: weight of the divergence.
       init_stddev: of the item table's first entries.
@@ -80,6 +82,7 @@ class PrivateTraining(NamedTuple):
     sampling_prob: float = 0.25
     l2_clip_norm: float = 1.0
     server_lr: float = 1.0
+    noise_level: float = 0.1
     counts_share: float = 0.3
     beta: float = 0.05
     init_stddev: float = 0.1
@@ -263,9 +266,11 @@ def _rounds(
     """Parameters after all rounds, and what the rounds released."""
     nothing = users.take(np.zeros(users.num_interactions, bool))
     clients = client_data(Split(users, nothing, nothing, nothing, rule="all users"), num_buckets=1)
-    optimizer = optax.sgd(how.server_lr / how.l2_clip_norm)
-    algorithm = fedvae(vae, beta=how.beta, server_optimizer=optimizer)
     sampler = poisson(clients.num_clients, cohort_size=how.sampling_prob * clients.num_clients)
+    # What a learning rate of 1 adds up to in a table's entry; a function of the noise and the cohort, not of the data.
+    level = float(np.sqrt(np.sum(np.square(noise)))) / sampler.expected_size
+    optimizer = optax.sgd(max(how.server_lr, how.noise_level / level) / how.l2_clip_norm)
+    algorithm = fedvae(vae, beta=how.beta, server_optimizer=optimizer)
     # The line that adds the noise.
     links = chain(clip_by_global_norm(how.l2_clip_norm), scheduled_gaussian(how.l2_clip_norm * noise))
     training = make_rounds(algorithm, links, sampler, clients, span_size=_SPAN)
