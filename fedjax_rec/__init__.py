@@ -126,6 +126,15 @@ from fedjax_rec.synthesis.plan import fit_generator
 from fedjax_rec.synthesis.virtual import virtual_users
 
 # isort: split
+# Anonymised releases.
+from fedjax_rec.anonymization.item_sets import enforce_km, km_anonymity
+from fedjax_rec.anonymization.microaggregation import microaggregate
+from fedjax_rec.anonymization.pseudonyms import pseudonymize
+from fedjax_rec.anonymization.randomized_sets import randomize_sets
+from fedjax_rec.anonymization.replacement import replace_items
+from fedjax_rec.anonymization.tables import anonymize_table, anonymize_users, k_anonymity, l_diversity, t_closeness
+
+# isort: split
 # Evaluation.
 from fedjax_rec.evaluation import Evaluation, cases, client_scorer, evaluate, expect_sampled
 

@@ -72,10 +72,11 @@ def dp_lengths(
 
 
 def draw_lengths(lengths: DpLengths, num: int, *, key: jax.Array) -> np.ndarray:
-    """Lengths of ``num`` virtual users, int32: a bin by its weight, and within it evenly. Post-processing."""
+    """Lengths of ``num`` virtual users, int32: a bin by its weight, and within it evenly in the logarithm, as a long
+    tail falls within a bin too. Post-processing."""
     bin_key, place_key = jax.random.split(key)
     uniform = np.asarray(jax.random.uniform(bin_key, (num,)), np.float64)
     bins = np.searchsorted(np.cumsum(lengths.weights), uniform, side="right").clip(0, len(lengths.weights) - 1)
     low, high = lengths.edges[bins], lengths.edges[bins + 1]
     within = np.asarray(jax.random.uniform(place_key, (num,)), np.float64)
-    return np.minimum(low + np.floor(within * (high - low)), high - 1).astype(np.int32)
+    return np.clip(np.floor(low * (high / low) ** within), low, high - 1).astype(np.int32)

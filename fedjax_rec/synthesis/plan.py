@@ -73,7 +73,6 @@ def fit_generator(
     *,
     epsilon: float,
     delta: float | None = None,
-    num_users: int | None = None,
     key: jax.Array,
     ledger: Ledger | None = None,
     report: Report = quiet,
@@ -90,7 +89,6 @@ def fit_generator(
       train: rows of the real users.
       epsilon: for everything together; infinite = without privacy, which says so in the generator.
       delta: None = `usual_delta`.
-      num_users: N, public; None = users with rows in ``train``, which are then declared public.
       key: seeds the noise: secret, and used for nothing else.
       ledger: releases made before, on the same users.
       report: progress.
@@ -99,7 +97,7 @@ def fit_generator(
       BudgetExceeded: before any release, if the earlier releases leave too little.
       ValueError: for an epsilon that is not positive, or no users.
     """
-    num_users = int(np.count_nonzero(train.counts_per_user)) if num_users is None else num_users
+    num_users = int(np.count_nonzero(train.counts_per_user))  # public, by the guarantee's own words
     if num_users < 1:
         raise ValueError(f"{train.name} has no user with a row; there is nothing to fit.")
     if not epsilon > 0:
