@@ -52,7 +52,8 @@ SHARES, SHOWN = (0.0, 0.05, 0.1, 0.25, 1.0), (5, 10)
 ADDED = ("nothing", "popularity", "gram, no privacy", "gram, epsilon 8")
 EPSILON = {"gram, no privacy": math.inf, "gram, epsilon 8": 8.0}
 GRAM = {"rank": 50, "temperature": 0.4, "counts_weight": 1.5}
-DOWNSTREAM = {"ease": ease(l2=(30.0, 100.0, 300.0, 1000.0)), "mf": mf(l2=(0.003, 0.01, 0.03))}
+# Who shows five items needs far larger penalties than who shows fifty: wide enough that no end of a grid is chosen.
+DOWNSTREAM = {"ease": ease(l2=(300.0, 1000.0, 3000.0, 10_000.0, 30_000.0)), "mf": mf(l2=(0.003, 0.01, 0.03))}
 CONFIDENCE = 1.96
 
 
