@@ -58,7 +58,7 @@ class Chosen(NamedTuple):
     scorer_of: Trained
 
 
-def ease(*, l2: Sequence[float] = (30.0, 100.0, 300.0, 1000.0, 3000.0)) -> Downstream:
+def ease(*, l2: Sequence[float] = (30.0, 100.0, 300.0, 1000.0, 3000.0, 10_000.0)) -> Downstream:
     """EASE (`models.ease`), over a grid of its penalty; one Gram matrix serves the grid."""
 
     def train(users: Interactions, seed: int):
