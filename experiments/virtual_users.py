@@ -14,6 +14,7 @@ either group. Seeds are of fitting, noise and draws; the split stays.
 """
 
 import argparse
+import itertools
 import json
 import math
 import sys
@@ -262,13 +263,13 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--seeds", type=int, default=NUM_SEEDS, help="seeds of each row")
     parser.add_argument("--data", choices=tuple(DATA), action="append", help="only this data set; may be repeated")
     parser.add_argument("--generator", choices=GENERATORS, action="append", help="only this one; may be repeated")
+    parser.add_argument("--epsilon", type=float, choices=EPSILONS, action="append", help="only this; may be repeated")
     parser.add_argument("--smoke", action="store_true", help="seconds, on made-up data; writes nothing")
     parser.add_argument("--only-page", action="store_true", help="run nothing, write the page from the kept lines")
     args = parser.parse_args(argv)
     datasets = args.data or tuple(DATA)
-    wanted = (
-        SMOKE if args.smoke else [(d, g, e) for d in datasets for g in args.generator or GENERATORS for e in EPSILONS]
-    )
+    rows = itertools.product(datasets, args.generator or GENERATORS, args.epsilon or EPSILONS)
+    wanted = SMOKE if args.smoke else tuple(rows)
     lines = [] if args.smoke else read_lines(NAME)
     done = [line["key"] for line in lines]
     for seed in range(1 if args.smoke else args.seeds):

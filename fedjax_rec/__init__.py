@@ -25,6 +25,7 @@ from fedjax_rec.algorithms.ditto import ditto, ditto_score
 from fedjax_rec.algorithms.dpals import dpals, dpals_score
 from fedjax_rec.algorithms.fcf import fcf, fcf_score
 from fedjax_rec.algorithms.fedavg import fedavg, fedsgd
+from fedjax_rec.algorithms.fedgan import fedgan
 from fedjax_rec.algorithms.fedmf import fedmf
 from fedjax_rec.algorithms.fedncf import fedncf
 from fedjax_rec.algorithms.fednova import fednova
@@ -32,6 +33,7 @@ from fedjax_rec.algorithms.fedprox import fedprox
 from fedjax_rec.algorithms.fedrap import additive_scorer, fedrap
 from fedjax_rec.algorithms.fedrec import fedrec
 from fedjax_rec.algorithms.fedrecon import fedrecon, reconstruct
+from fedjax_rec.algorithms.fedvae import fedvae, fedvae_score
 from fedjax_rec.algorithms.gpfedrec import gpfedrec, private_tower
 from fedjax_rec.algorithms.item_counts import item_counts, item_counts_score
 from fedjax_rec.algorithms.local_only import local_only, local_score
@@ -46,8 +48,13 @@ from fedjax_rec.federated.algorithm import Algorithm, ClientOutput, ServerState
 from fedjax_rec.federated.uploads import own_score
 from fedjax_rec.models.base import Examples, Model, Shared, View
 from fedjax_rec.models.centralised import centralised
+from fedjax_rec.models.cfgan import cfgan_scorer, train_cfgan
+from fedjax_rec.models.markov import markov_scorer, markov_weights
 from fedjax_rec.models.matrix_factorization import matrix_factorization
+from fedjax_rec.models.mult_vae import mult_vae, mult_vae_scorer
 from fedjax_rec.models.neural_cf import gmf, mlp, neumf
+from fedjax_rec.models.rec_vae import rec_vae, rec_vae_scorer
+from fedjax_rec.models.vae_training import train_mult_vae
 
 # isort: split
 # Rounds: cohort, chain of update transforms, compiled training.
@@ -109,29 +116,42 @@ from fedjax_rec.security.simulated import simulated_secure_sum, simulated_sum
 # Attacks: what uploads give away, and what malicious clients do.
 from fedjax_rec.attacks.attributes import infer_attributes
 from fedjax_rec.attacks.fake_users import fake_profiles, with_fake_users
+from fedjax_rec.attacks.generator_membership import generator_membership
 from fedjax_rec.attacks.interactions import infer_interactions
 from fedjax_rec.attacks.poisoned_uploads import a_hum, adaptive, explicit_boosting, fedrecattack
 from fedjax_rec.attacks.poisoning import poisoned
 from fedjax_rec.attacks.poisoning_targets import exposure, target_cases
 from fedjax_rec.attacks.rating_inversion import invert_ratings
+from fedjax_rec.attacks.reidentification import reidentify
+from fedjax_rec.attacks.singling_out import group_risks
+from fedjax_rec.attacks.uniqueness import uniqueness
 from fedjax_rec.attacks.uploads import observed_uploads, secure_sums
 from fedjax_rec.security.padding import pad_rows
 
 # isort: split
 # Virtual users: histories drawn from what was released.
+from fedjax_rec.synthesis.gan import gan_method
 from fedjax_rec.synthesis.generator import Generator, draw_histories
+from fedjax_rec.synthesis.gram import gram_method
 from fedjax_rec.synthesis.lengths import dp_lengths
+from fedjax_rec.synthesis.marginals import popularity_method
 from fedjax_rec.synthesis.methods import Method as GeneratorMethod
+from fedjax_rec.synthesis.next_item import next_item_method
 from fedjax_rec.synthesis.plan import fit_generator
+from fedjax_rec.synthesis.report import evaluate_virtual
+from fedjax_rec.synthesis.vae import vae_method
 from fedjax_rec.synthesis.virtual import virtual_users
 
 # isort: split
 # Anonymised releases.
+from fedjax_rec.anonymization.apply import anonymize
 from fedjax_rec.anonymization.item_sets import enforce_km, km_anonymity
 from fedjax_rec.anonymization.microaggregation import microaggregate
+from fedjax_rec.anonymization.policy import read_policy
 from fedjax_rec.anonymization.pseudonyms import pseudonymize
 from fedjax_rec.anonymization.randomized_sets import randomize_sets
 from fedjax_rec.anonymization.replacement import replace_items
+from fedjax_rec.anonymization.risk import risk_report
 from fedjax_rec.anonymization.tables import anonymize_table, anonymize_users, k_anonymity, l_diversity, t_closeness
 
 # isort: split

@@ -76,6 +76,7 @@ MF = fr.matrix_factorization(NUM_ITEMS, dim=DIM)
 GMF = fr.gmf(NUM_ITEMS, dim=DIM)
 HEAD = fr.personal_scorer(NUM_ITEMS, dim=DIM, init_stddev=0.3)
 SUM = fr.additive_scorer(NUM_ITEMS, dim=DIM, separation=0.0, init_stddev=0.3)
+VAE = fr.mult_vae(NUM_ITEMS, width=DIM, latent=DIM, tied=True, linear=True, dropout=0.0, init_stddev=0.3)
 DRAW = {"negatives": fr.Negatives(1), "batch_size": 4}
 STEADY = {"table_lr": 1.0, "head_lr": 0.5, "batch_decay": 1.0, "round_decay": 1.0, "local_epochs": 2}
 PERSONAL = {"lr": 0.5, "item_lr": 0.5, "local_epochs": 2}
@@ -97,6 +98,7 @@ METHODS: dict[str, Callable[[World], Entry]] = {
         fr.local_score(HEAD),
         finds=False,
     ),
+    "fedvae": lambda w: Entry(fr.fedvae(VAE, beta=0.1, server_optimizer=optax.adam(0.05)), fr.fedvae_score),
     "fedrec": lambda w: Entry(
         fr.fedrec(NUM_ITEMS, dim=DIM, lr=0.1, lr_decay=1.0, rho=1, average_visits=20),
         lambda s, p: s.tables["item"] @ p["user"],
