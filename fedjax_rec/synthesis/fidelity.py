@@ -12,7 +12,7 @@ import scipy.stats
 
 from fedjax_rec.data.interactions import Interactions
 from fedjax_rec.models.ease import item_gram
-from fedjax_rec.synthesis.populations import on_catalogue, take_users
+from fedjax_rec.synthesis.populations import on_catalogue, take_users, with_rows
 
 _SHRINKAGE = 10.0  # users; pairs of items with fewer say little
 
@@ -160,14 +160,6 @@ def shape(users: Interactions) -> Shape:
         coverage=float(np.mean(counts > 0)),
         gini=gini,
     )
-
-
-def with_rows(users: Interactions) -> Interactions:
-    """Only the users that have a row."""
-    kept = np.flatnonzero(users.counts_per_user)
-    if not len(kept):
-        raise ValueError(f"{users.name} has no user with a row; there is nothing to compare.")
-    return users if len(kept) == users.num_users else take_users(users, kept)
 
 
 def _kolmogorov(first: np.ndarray, second: np.ndarray) -> float:

@@ -28,7 +28,6 @@ import scipy.linalg
 
 from fedjax_rec.algorithms.fedgan import fedgan, log_uniform_length
 from fedjax_rec.data.clients import client_data
-from fedjax_rec.data.interactions import Interactions
 from fedjax_rec.data.split import Split
 from fedjax_rec.federated.cohort import full_participation, poisson
 from fedjax_rec.federated.round import RoundKeys, make_rounds
@@ -43,6 +42,7 @@ from fedjax_rec.privacy.mechanisms import clip_by_global_norm
 from fedjax_rec.privacy.schedule import scheduled_gaussian
 from fedjax_rec.synthesis.generator import Generator
 from fedjax_rec.synthesis.methods import Method
+from fedjax_rec.synthesis.populations import with_rows
 
 COUNTS, TRAINING, MOMENTS = "counts", "training", "moments"
 _SPAN = 50  # rounds, or steps, between two reports
@@ -128,7 +128,7 @@ def gan_method(
         )
 
     def fit(train, noise, key, report):
-        users = _with_rows(train)
+        users = with_rows(train)
         count_key, fit_key = jax.random.split(key)
         counts = dp_popularity(users, noise_multiplier=float(noise[COUNTS][0]), key=count_key)
         charged = (Entry(COUNTS, counts.dp_event, 1, "all", "noised sum of users' normalised rows"),)
@@ -183,17 +183,6 @@ def likely_counts(counts: DpPopularity) -> np.ndarray:
 
 def _scores(params: tuple[jax.Array, gan_rows.Params], key: jax.Array) -> jax.Array:
     return gan_rows.virtual_scores(*params, key)
-
-
-def _with_rows(train: Interactions) -> Interactions:
-    """Only users with rows, so that the population is the one whose size the plan knows."""
-    kept = train.counts_per_user > 0
-    return dataclasses.replace(
-        train,
-        offsets=np.concatenate([[0], np.cumsum(train.counts_per_user[kept])]).astype(np.int64),
-        user_labels=train.user_labels[kept],
-        user_attributes={},
-    )
 
 
 def _play(algorithm, users, noise, l2_clip_norm, sampling_prob, key, report):

@@ -109,6 +109,14 @@ def take_users(interactions: Interactions, user_ids: np.ndarray) -> Interactions
     )
 
 
+def with_rows(users: Interactions) -> Interactions:
+    """Only the users that have a row."""
+    kept = np.flatnonzero(users.counts_per_user)
+    if not len(kept):
+        raise ValueError(f"{users.name} has no user with a row; there is nothing to learn from or to compare.")
+    return users if len(kept) == users.num_users else take_users(users, kept)
+
+
 def stack_users(first: Interactions, second: Interactions, *, name: str) -> Interactions:
     """Users of both, those of ``first`` before those of ``second``, with fresh labels; on one catalogue.
 

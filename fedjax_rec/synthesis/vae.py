@@ -18,7 +18,6 @@ Tutubalina, Malykh, Nikolenko, 2020, "RecVAE: A New Variational Autoencoder for 
 Feedback".
 """
 
-import dataclasses
 import math
 from typing import Any, NamedTuple
 
@@ -54,6 +53,7 @@ from fedjax_rec.synthesis.latent_prior import (
 )
 from fedjax_rec.synthesis.marginals import log_shares, posterior_mean
 from fedjax_rec.synthesis.methods import Method
+from fedjax_rec.synthesis.populations import with_rows
 
 COUNTS, TRAINING = "counts", "training"
 VARIANTS, PRIORS = ("mult", "rec"), ("normal", "mixture")
@@ -176,7 +176,7 @@ def vae_method(
         return counts, training, mixture_phase(private.latent, num_components, weight=weight)
 
     def fit(train, noise, key, report):
-        users = _with_rows(train)
+        users = with_rows(train)
         is_private = float(noise[COUNTS][0]) > 0
         count_key, train_key, prior_key = jax.random.split(key, 3)
         counts = dp_popularity(users, noise_multiplier=float(noise[COUNTS][0]), key=count_key)
@@ -249,15 +249,6 @@ def _starting_at(vae: Vae, log_popularity: np.ndarray) -> Vae:
         return params._replace(tables=params.tables | {"bias": bias})
 
     return vae._replace(init=init)
-
-
-def _with_rows(train: Interactions) -> Interactions:
-    """Only users with rows, so that the population is the one whose size the plan knows."""
-    kept = train.counts_per_user > 0
-    if not kept.any():
-        raise ValueError(f"{train.name} has no user with a row; there is nothing to fit.")
-    offsets = np.concatenate([[0], np.cumsum(train.counts_per_user[kept])]).astype(np.int64)
-    return dataclasses.replace(train, offsets=offsets, user_labels=train.user_labels[kept], user_attributes={})
 
 
 def _rounds(
