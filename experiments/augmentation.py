@@ -245,8 +245,9 @@ def write_page(lines: Sequence[dict]) -> str:
         "generator (`gram_method()`) come from all train users; epsilon 8 is user-level, add or remove one user, delta "
         f"{usual_delta(size):.2g}, every release charged. The real users of the researcher are used as they are and "
         'covered by no epsilon. "popularity" is the popularity sampler, not private. Test users show 5 or 10 random '
-        "items and are asked for all others; penalties are chosen on real validation users for each row; the grid of EASE was widened to 30,000, for all rows "
-        "alike, after results with one that ended at 1,000 had been seen, where virtual users looked worse. Means over "
+        "items and are asked for all others; penalties are chosen on real validation users for each row. The grid of "
+        "EASE was widened to 30,000, for all rows alike, after results of one that ended at 1,000 had been seen, in "
+        "which virtual users looked worse. Means over "
         "seeds of split, few users, generator and training. A virtual user weighs as much as a real one, so where real "
         "ones are few they are outnumbered; other weights were not tried. Gains are paired over test users, with 95 % "
         "intervals from test users or seeds, whichever are wider.\n\n"
