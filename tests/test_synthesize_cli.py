@@ -96,6 +96,7 @@ def test_earlier_releases_count_until_nothing_is_left(real, tmp_path, capsys):
         (("--epsilon", "-1"), "--epsilon must be positive"),
         (("--users", "0"), "--users must be at least 1"),
         (("--downstream", "eas"), "ease, mf"),
+        (("--downstream", "markov"), "have none; leave it out"),
         (("--dataset", "movielens/100"), "did you mean"),
         (("--ledger", "nowhere.json"), "nowhere.json"),
         (("--epsilon", "inf", "--ledger", "x.json"), "--ledger needs a finite"),

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
+ORDERED = "next-item"  # the generator whose virtual users have a time order
+
 if TYPE_CHECKING:
     from rich.console import Console
 
@@ -162,7 +164,12 @@ def _check(config: SynthesizeConfig) -> None:
     if config.ledger is not None and config.epsilon == math.inf:
         raise ValueError("--ledger needs a finite --epsilon: without a budget there is nothing to charge.")
     if config.evaluate:
-        as_downstream(config.downstream)
+        ordered = [recommender.name for recommender in as_downstream(config.downstream) if recommender.ordered]
+        if ordered and config.generator != ORDERED:
+            raise ValueError(
+                f"--downstream {ordered[0]} learns from the order of items, and virtual users of --generator "
+                f"{config.generator} have none; leave it out, or take --generator {ORDERED}."
+            )
 
 
 def _hold_out(data, config: SynthesizeConfig):
@@ -264,14 +271,13 @@ def _judge(config: SynthesizeConfig, split, virtual, fitted, report):
     """Utility and risk, on users that the generator did not see."""
     from fedjax_rec.synthesis.report import evaluate_virtual
 
-    names = config.downstream if fitted.generator.ordered else [n for n in config.downstream if n != "markov"]
     gaussian = all(entry.sampler == "all" for entry in fitted.ledger.entries)
     return evaluate_virtual(
         split,
         virtual,
         privacy=fitted.spent,
         gaussian=gaussian,
-        downstream=names,
+        downstream=config.downstream,
         seed=config.seed or 0,
         report=report,
     )
