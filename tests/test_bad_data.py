@@ -175,7 +175,7 @@ GOOD = "1\t5\t3\t10\n2\t6\t4\t20\n"
         ("x.inter", "user_id\titem_id\n1\t2\n", r"must be a typed header such as user_id:token, and holds 'user_id'"),
         ("x.txt", "1 2 3\n\n2 4\n", r"Line 2 of .*x.txt is empty"),
         ("x.txt", "1\n2\n", r"x.txt.* holds no usable interaction"),
-        ("x.parquet", "PAR1", r"The suffix '.parquet' of x.parquet does not tell its format"),
+        ("x.xlsx", "PK", r"The suffix '.xlsx' of x.xlsx does not tell its format"),
     ],
 )
 def test_a_line_that_cannot_be_read_is_named(tmp_path, file, content, message):
