@@ -19,6 +19,8 @@ import numpy as np
 
 from fedjax_rec.privacy.ledger import Entry
 
+_NARROW = 256  # items
+
 
 class Generator(NamedTuple):
     """A fitted generator of virtual users. Exactly one of `scores` and `sequence` is given.
@@ -75,8 +77,8 @@ def draw_histories(
     if (generator.scores is None) == (generator.sequence is None):
         raise ValueError(f"The generator {generator.name!r} must have either scores or a sequence.")
     longest = int(lengths.max(initial=1))
-    # Compiled for few widths: a longest history of another length is no reason to compile again.
-    width = min(1 << math.ceil(math.log2(longest)), generator.num_items)
+    # Compiled for two widths: most histories are short, and finding the top 2,000 takes several times as long as 256.
+    widest = min(1 << math.ceil(math.log2(longest)), generator.num_items)
     drawn = np.full((len(lengths), longest), generator.num_items, np.int32)
     order = np.argsort(lengths, kind="stable").astype(np.int32)  # a batch takes as many steps as its longest history
     for start in range(0, len(lengths), batch_size):
@@ -84,8 +86,9 @@ def draw_histories(
         places, padded = np.zeros(batch_size, np.int32), np.ones(batch_size, np.int32)
         places[: stop - start] = order[start:stop]
         padded[: stop - start] = lengths[order[start:stop]]
+        width = widest if padded.max() > _NARROW else min(_NARROW, widest)
         batch = _draw_batch(generator.params, places, padded, key, generator[:2] + generator[3:5], width)
-        drawn[order[start:stop]] = np.asarray(batch)[: stop - start, :longest]
+        drawn[order[start:stop], : min(width, longest)] = np.asarray(batch)[: stop - start, :longest]
         if report is not None:
             report(stop, len(lengths))
     return drawn
