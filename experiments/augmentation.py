@@ -29,7 +29,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from experiments.harness import RESULTS, read_lines
+from experiments.harness import RESULTS, keep_line, read_lines
 from fedjax_rec.data import load, strong_generalization
 from fedjax_rec.data.interactions import Interactions
 from fedjax_rec.data.split import Split
@@ -291,9 +291,7 @@ def main(argv: list[str] | None = None) -> int:
         lines.append(line | {"stamp": stamp(seed=key["seed"], data_fingerprint=None)})
         print(json.dumps(line), flush=True)
         if not args.smoke:
-            RESULTS.mkdir(exist_ok=True)
-            with open(RESULTS / f"{NAME}.jsonl", "a", encoding="utf-8") as file:
-                file.write(json.dumps(lines[-1]) + "\n")
+            keep_line(NAME, lines[-1])
     page = write_page(lines)
     print(page)
     if not args.smoke:

@@ -10,7 +10,6 @@ least (`fedjax_rec/privacy/audit.py`). `--row` runs some rows, `--smoke` two of 
 """
 
 import argparse
-import json
 import math
 import sys
 import time
@@ -20,7 +19,7 @@ from typing import Any
 import jax
 
 from experiments._claims import ADD, DELTA, RECIPES, REPLACE, ZEROS, Recipe, epsilon
-from experiments.harness import RESULTS, read_lines
+from experiments.harness import RESULTS, keep_line, read_lines
 from fedjax_rec.privacy.audit import AuditResult, make_audit
 from fedjax_rec.reporting import Table, to_latex, to_markdown
 from fedjax_rec.reporting.formatting import format_delta, format_epsilon
@@ -245,9 +244,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         lines.append(line)
         print(f"{recipe.name}, {line['seconds']:.0f} s: {line['values']}, {line['audit']}", flush=True)
         if not args.smoke:
-            RESULTS.mkdir(exist_ok=True)
-            with open(RESULTS / f"{NAME}.jsonl", "a", encoding="utf-8") as file:
-                file.write(json.dumps(line) + "\n")
+            keep_line(NAME, line)
     page = write_page(lines)
     print(page)
     if not args.smoke:

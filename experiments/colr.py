@@ -16,7 +16,6 @@ of validation items, seed 0; the rate then serves all its payloads.
 """
 
 import argparse
-import json
 import statistics
 import sys
 import time
@@ -28,7 +27,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from experiments.harness import RESULTS, read_lines
+from experiments.harness import RESULTS, keep_line, read_lines
 from fedjax_rec.algorithms.fedavg import fedsgd
 from fedjax_rec.compression.item_subset import item_subset
 from fedjax_rec.compression.low_rank import low_rank
@@ -183,9 +182,7 @@ def main(argv: list[str] | None = None) -> int:
         lines.append(line | {"stamp": stamp(seed=key["seed"], data_fingerprint=None)})
         print(key, {k: round(v, 4) for k, v in line["values"]["test"].items()}, line["seconds"], flush=True)
         if not args.smoke:
-            RESULTS.mkdir(exist_ok=True)
-            with open(RESULTS / f"{NAME}.jsonl", "a", encoding="utf-8") as file:
-                file.write(json.dumps(lines[-1]) + "\n")
+            keep_line(NAME, lines[-1])
     page = write_page(lines)
     print(page)
     if not args.smoke:

@@ -14,14 +14,13 @@ About 20 minutes on two CPU cores, most of it for the million users.
 """
 
 import argparse
-import json
 import math
 import statistics
 import sys
 import time
 
 from experiments import _contenders as contenders
-from experiments.harness import RESULTS, read_lines
+from experiments.harness import RESULTS, keep_line, read_lines
 from fedjax_rec.data.sources import load
 from fedjax_rec.data.split import leave_one_out
 from fedjax_rec.evaluation import cases, evaluate
@@ -56,8 +55,7 @@ def main(argv: list[str] | None = None) -> int:
                 flush=True,
             )
             if not args.smoke:
-                with open(RESULTS / f"{NAME}.jsonl", "a", encoding="utf-8") as file:
-                    file.write(json.dumps(line) + "\n")
+                keep_line(NAME, line)
     page = write_page(lines, draw=not args.smoke)
     print(page)
     if not args.smoke:

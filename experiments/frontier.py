@@ -28,7 +28,7 @@ from pathlib import Path
 from dp_accounting.dp_event import RepeatAndSelectDpEvent
 
 from experiments import _contenders as contenders
-from experiments.harness import RESULTS, read_lines
+from experiments.harness import RESULTS, keep_line, read_lines
 from fedjax_rec.data.sources import load
 from fedjax_rec.data.split import leave_one_out
 from fedjax_rec.evaluation import cases, evaluate
@@ -97,9 +97,7 @@ def run_dataset(dataset: str, args: argparse.Namespace, lines: list[dict]) -> No
                 lines.append(line)
                 print(f"{dataset} {method} epsilon {epsilon:g} seed {seed}: {found.values[METRICS[0]]:.4f}", flush=True)
                 if not args.smoke:
-                    RESULTS.mkdir(exist_ok=True)
-                    with open(RESULTS / f"{NAME}.jsonl", "a", encoding="utf-8") as file:
-                        file.write(json.dumps(line) + "\n")
+                    keep_line(NAME, line)
 
 
 def data_dir(folder: Path | None, dataset: str) -> Path | None:

@@ -122,9 +122,7 @@ def main(study: Study, argv: Sequence[str] | None) -> int:
             shown = {name: round(value, 4) for name, value in measured["values"].items()}
             print(f"{row.name}, seed {seed}, {line['seconds']:.0f} s: {shown}", flush=True)
             if not args.smoke:
-                RESULTS.mkdir(exist_ok=True)
-                with open(RESULTS / f"{study.name}.jsonl", "a", encoding="utf-8") as file:
-                    file.write(json.dumps(line) + "\n")
+                keep_line(study.name, line)
     check_comparable(study, lines)
     table, statuses = make_table(study, lines)
     page = write_page(study, table, statuses, lines)
@@ -145,6 +143,13 @@ def read_lines(name: str) -> list[dict[str, Any]]:
     """The kept runs of a table, oldest first."""
     file = RESULTS / f"{name}.jsonl"
     return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()] if file.exists() else []
+
+
+def keep_line(name: str, line: dict[str, Any]) -> None:
+    """Appends one run to the kept ones."""
+    RESULTS.mkdir(exist_ok=True)
+    with open(RESULTS / f"{name}.jsonl", "a", encoding="utf-8") as file:
+        file.write(json.dumps(line) + "\n")
 
 
 def newest(lines: Sequence[dict[str, Any]], row: str) -> list[dict[str, Any]]:

@@ -21,6 +21,7 @@ import jax
 import matplotlib
 from matplotlib.figure import Figure
 
+from experiments.harness import keep_line
 from experiments.ranked import ml_100k
 from fedjax_rec.algorithms.fedrap import additive_scorer, fedrap
 from fedjax_rec.algorithms.local_only import local_only, local_score
@@ -87,9 +88,7 @@ def main(argv: list[str] | None = None) -> int:
             print(f"{line['row']}, {line['seconds']:.0f} s: {line['curve'][num_rounds]}", flush=True)
             lines.append(json.loads(json.dumps(line)))  # as it will be read back
             if not args.smoke:
-                RESULTS.mkdir(exist_ok=True)
-                with open(RESULTS / "leak.jsonl", "a", encoding="utf-8") as file:
-                    file.write(json.dumps(line) + "\n")
+                keep_line("leak", line)
     curves = kept_curves(lines)
     page, picture = write_page(curves, lines), to_svg(draw(curves))
     if not args.smoke:

@@ -23,7 +23,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from experiments.harness import RESULTS, read_lines
+from experiments.harness import RESULTS, keep_line, read_lines
 from fedjax_rec.algorithms.fedavg import fedsgd
 from fedjax_rec.compression.drive import drive
 from fedjax_rec.compression.quantize import quantize
@@ -193,9 +193,7 @@ def main(argv: list[str] | None = None) -> int:
             lines.append(line | {"stamp": stamp(seed=seed, data_fingerprint=None)})
             print(json.dumps(line), flush=True)
             if not args.smoke:
-                RESULTS.mkdir(exist_ok=True)
-                with open(RESULTS / f"{NAME}.jsonl", "a", encoding="utf-8") as file:
-                    file.write(json.dumps(lines[-1]) + "\n")
+                keep_line(NAME, lines[-1])
     page = write_page(lines, num_rounds)
     print(page)
     if not args.smoke:

@@ -18,7 +18,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from experiments._poisoning_cells import ATTACKS, DEFENCES, NO_ATTACK, NO_DEFENCE, ROW_CLIPS, World, run_cell
-from experiments.harness import RESULTS, read_lines
+from experiments.harness import RESULTS, keep_line, read_lines
 from fedjax_rec.attacks.poisoning_targets import damage
 from fedjax_rec.data import leave_one_out, load
 from fedjax_rec.reporting import Table, to_markdown
@@ -99,9 +99,7 @@ def main(argv: list[str] | None = None) -> int:
         shown = {name: round(values[name], 4) for name in METRICS}
         print(f"{where['row']}, {line['seconds']:.0f} s: {shown}", flush=True)
         if not args.smoke:
-            RESULTS.mkdir(exist_ok=True)
-            with open(RESULTS / f"{NAME}.jsonl", "a", encoding="utf-8") as file:
-                file.write(json.dumps(line) + "\n")
+            keep_line(NAME, line)
     found = newest(lines)
     page = write_page(found)
     print(page)

@@ -24,7 +24,7 @@ import jax
 import numpy as np
 import optax
 
-from experiments.harness import RESULTS, read_lines
+from experiments.harness import RESULTS, keep_line, read_lines
 from fedjax_rec.algorithms.fedavg import fedsgd
 from fedjax_rec.data import leave_one_out, load
 from fedjax_rec.data.clients import client_data
@@ -180,9 +180,7 @@ def main(argv: list[str] | None = None) -> int:
         lines.append(line | {"stamp": stamp(seed=key.get("seed", 0), data_fingerprint=None)})
         print(json.dumps(line), flush=True)
         if not args.smoke:
-            RESULTS.mkdir(exist_ok=True)
-            with open(RESULTS / f"{NAME}.jsonl", "a", encoding="utf-8") as file:
-                file.write(json.dumps(lines[-1]) + "\n")
+            keep_line(NAME, lines[-1])
     page = write_page(lines)
     print(page)
     if not args.smoke:

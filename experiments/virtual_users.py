@@ -26,7 +26,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from experiments.harness import RESULTS, read_lines
+from experiments.harness import RESULTS, keep_line, read_lines
 from fedjax_rec.attacks.generator_membership import generator_membership
 from fedjax_rec.attacks.membership import ceiling_for
 from fedjax_rec.cli.synthesize import method_by_name
@@ -290,9 +290,7 @@ def main(argv: list[str] | None = None) -> int:
                 flush=True,
             )
             if not args.smoke:
-                RESULTS.mkdir(exist_ok=True)
-                with open(RESULTS / f"{NAME}.jsonl", "a", encoding="utf-8") as file:
-                    file.write(json.dumps(lines[-1]) + "\n")
+                keep_line(NAME, lines[-1])
     found = ("synthetic",) if args.smoke else tuple(d for d in DATA if any(x["key"]["data"] == d for x in lines))
     page = write_page(lines, found)
     print(page)

@@ -6,7 +6,7 @@ import json
 import numpy as np
 import pytest
 
-from fedjax_rec.anonymization.apply import anonymize, on_catalogue, popularity_users
+from fedjax_rec.anonymization.apply import anonymize, popularity_users
 from fedjax_rec.anonymization.policy import EXAMPLE, Policy, describe, parse_policy, read_policy
 from fedjax_rec.anonymization.pseudonyms import new_key
 from fedjax_rec.anonymization.risk import information_loss, risk_report, without_nan
@@ -151,15 +151,15 @@ def test_popularity_users_have_the_lengths_and_the_popularity(world):
     assert shared < 0.7 * world.counts_per_user[:50].mean()
 
 
-def test_virtual_users_of_a_file_are_brought_onto_the_catalogue(world):
+def test_virtual_users_of_a_file_are_brought_onto_the_catalogue_or_refused(world):
     users, items = world.user_ids[::2], world.item_labels[world.item_ids[::2]]
-    virtual = from_rows([*users, 999], [*items, 12345], name="file")
-    found = on_catalogue(virtual, world)
-    assert found.num_items == world.num_items
-    assert found.num_interactions == len(users)
-    np.testing.assert_array_equal(found.item_counts, np.bincount(world.item_ids[::2], minlength=world.num_items))
-    with pytest.raises(ValueError, match="no item label in common"):
-        on_catalogue(from_rows([1], [99999], name="other"), world)
+    policy = parse_policy('[replacement]\nshare = 0.5\nvirtual = "people.csv"')
+    found = anonymize(world, policy, virtual=from_rows(users, items, name="people.csv"), seed=0).interactions
+    np.testing.assert_array_equal(found.item_labels, world.item_labels)
+    assert not same_rows(found, world)
+    other = from_rows([*users, 999], [*items, 12345], name="people.csv")
+    with pytest.raises(ValueError, match="drawn from another catalogue"):
+        anonymize(world, policy, virtual=other, seed=0)
 
 
 def test_information_loss_by_hand():

@@ -16,10 +16,9 @@ from fedjax_rec.anonymization.randomized_sets import randomize_sets
 from fedjax_rec.anonymization.released import released
 from fedjax_rec.anonymization.replacement import replace_items
 from fedjax_rec.anonymization.tables import anonymize_users
-from fedjax_rec.attacks.uniqueness import item_places
 from fedjax_rec.data.interactions import Interactions
-
-_USERS_AT_A_TIME = 1024
+from fedjax_rec.models.popularity import draw_by_popularity
+from fedjax_rec.synthesis.populations import on_catalogue
 
 
 class Anonymized(NamedTuple):
@@ -50,7 +49,8 @@ def anonymize(
       interactions: the source.
       policy: what to do.
       key: of the pseudonyms; None takes a fresh one and forgets it.
-      virtual: users whose items replace real ones, if the policy names a file; items are matched by label.
+      virtual: users whose items replace real ones, if the policy names a file; items are matched by label, and all of
+        them must be in the catalogue.
       seed: of everything random but the key; None = the operating system, as it must be for a release: whoever knows
         the seed can tell which items are real.
 
@@ -146,54 +146,19 @@ def check_policy(interactions: Interactions, policy: Policy) -> None:
 def popularity_users(interactions: Interactions, *, seed: int) -> Interactions:
     """As many virtual users as there are users, of the same lengths, with different items drawn by popularity.
 
-    Items are drawn without replacement, with odds in proportion to their counts (Gumbel noise on the log counts, the
-    largest ones taken). Counts and lengths are those of the data: this is a mask for a release, and no private one.
+    As `draw_by_popularity` draws them. Counts and lengths are those of the data: this is a mask for a release, and no
+    private one.
     """
-    rng = np.random.default_rng([seed, 7])
-    with np.errstate(divide="ignore"):
-        logits = np.log(interactions.item_counts.astype(np.float64))
-    counts, items = interactions.counts_per_user, []
-    for start in range(0, interactions.num_users, _USERS_AT_A_TIME):
-        lengths = counts[start : start + _USERS_AT_A_TIME]
-        noisy = logits[None, :] + rng.gumbel(size=(len(lengths), interactions.num_items))
-        order = np.argsort(-noisy, axis=1)
-        items.append(order[np.arange(interactions.num_items) < lengths[:, None]])
+    drawn = draw_by_popularity(
+        interactions.item_counts, interactions.counts_per_user, rng=np.random.default_rng([seed, 7])
+    )
     return released(
         _without_attributes(interactions),
         interactions.user_ids,
-        np.concatenate(items),
+        drawn[drawn < interactions.num_items],
         ratings=None,
         timestamps=None,
         suffix="popularity users",
-    )
-
-
-def on_catalogue(virtual: Interactions, catalogue: Interactions) -> Interactions:
-    """Virtual users on the item ids of a catalogue; items that it does not have go.
-
-    Raises:
-      ValueError: when no item is in both.
-    """
-    places = item_places(virtual, catalogue)
-    kept = virtual.take(places[virtual.item_ids] >= 0)
-    if not kept.num_interactions:
-        raise ValueError(
-            f"{virtual.name} and {catalogue.name} have no item label in common; virtual users need the same catalogue."
-        )
-    base = dataclasses.replace(
-        catalogue,
-        name=virtual.name,
-        offsets=kept.offsets,
-        item_ids=places[kept.item_ids].astype(np.int32),
-        file_rows=kept.file_rows,
-        timestamps=kept.timestamps,
-        ratings=kept.ratings,
-        user_labels=kept.user_labels,
-        user_attributes={},
-        repairs={},
-    )
-    return released(
-        base, base.user_ids, base.item_ids, ratings=base.ratings, timestamps=base.timestamps, suffix="this catalogue"
     )
 
 

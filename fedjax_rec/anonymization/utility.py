@@ -8,13 +8,10 @@ import numpy as np
 from fedjax_rec.anonymization.released import keep_users
 from fedjax_rec.data.interactions import Interactions
 from fedjax_rec.data.split import Split, strong_generalization
-from fedjax_rec.evaluation.exact import evaluate
 from fedjax_rec.evaluation.heldout import cases
-from fedjax_rec.evaluation.scorers import history_scorer
-from fedjax_rec.models.ease import item_gram, weights_from_gram
+from fedjax_rec.synthesis.downstream import METRIC, choose, ease, tested
 
 L2S = (100.0, 300.0, 1000.0, 3000.0)
-METRIC = "ndcg@20"
 _RESAMPLES = 1000
 
 
@@ -49,14 +46,9 @@ def ease_quality(released: Interactions, split: Split, *, l2s: Sequence[float] =
       split: from `held_out`.
       l2s: fixed grid of EASE's penalty, the best on the validation users is taken.
     """
-    gram, best = item_gram(released), None
-    for l2 in l2s:
-        weights = weights_from_gram(gram, l2=l2)
-        value = evaluate(history_scorer(weights, split.history), cases(split, "validation"), ks=(20,)).values[METRIC]
-        if best is None or value > best[0]:
-            best = (value, l2, weights)
-    tested = evaluate(history_scorer(best[2], split.history), cases(split), ks=(20,))
-    return Quality(tested.per_user[METRIC].astype(np.float64), best[1])
+    chosen = choose(ease(l2=l2s), released, split.history, cases(split, "validation"), seed=0)
+    values = tested(chosen, split.history, cases(split)).per_user[METRIC]
+    return Quality(values.astype(np.float64), chosen.setting["l2"])
 
 
 def downstream_cost(after: Quality, before: Quality, *, seed: int = 0) -> dict[str, Any]:

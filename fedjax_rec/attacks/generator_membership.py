@@ -22,13 +22,11 @@ on other people. Whatever area it has is due to which candidates these are, and 
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import numpy as np
 from scipy.special import logsumexp
-from scipy.stats import rankdata
 
-from fedjax_rec.attacks.roc import STANDARD_ERRORS, Ceiling, roc
+from fedjax_rec.attacks.roc import STANDARD_ERRORS, Ceiling, placements, roc
 from fedjax_rec.data.interactions import Interactions
 from fedjax_rec.models.ease import weights_from_gram
 from fedjax_rec.synthesis.populations import dense_rows, on_catalogue, stack_users, take_users
@@ -213,27 +211,12 @@ def span_score(mean: np.ndarray, basis: np.ndarray) -> Released:
     return score
 
 
-class _Placed(NamedTuple):
-    """Placements of DeLong, DeLong and Clarke-Pearson (1988): their means are the area, their spread its variance."""
-
-    members: np.ndarray  # share of others below each member
-    others: np.ndarray  # share of members above each other
-
-
-def _placements(scores: np.ndarray, truth: np.ndarray) -> _Placed:
-    inside, outside = scores[truth], scores[~truth]
-    ranks = rankdata(np.concatenate([inside, outside]))
-    above = (ranks[: len(inside)] - rankdata(inside)) / len(outside)
-    below = 1 - (ranks[len(inside) :] - rankdata(outside)) / len(inside)
-    return _Placed(above, below)
-
-
 def _row(name: str, scores: np.ndarray, control: np.ndarray | None, truth: np.ndarray) -> AttackRow:
     curve = roc([scores], [truth])
     control_auc, corrected, error = None, curve.auc, curve.auc_error
     if control is not None:
-        mine, theirs = _placements(scores, truth), _placements(control, truth)
-        control_auc = float(theirs.members.mean())
+        mine, theirs = placements(scores, truth), placements(control, truth)
+        control_auc = float(theirs[0].mean())
         corrected = float(np.clip(0.5 + curve.auc - control_auc, 0, 1))
         # Both areas are of the same candidates, so the variance is that of the difference of their placements.
         variances = [(one - other).var(ddof=1) / len(one) for one, other in zip(mine, theirs, strict=True)]

@@ -78,8 +78,14 @@ def roc(scores: Sequence[np.ndarray], members: Sequence[np.ndarray]) -> Roc:
     )
 
 
-def _delong(scores: np.ndarray, members: np.ndarray) -> tuple[float, float]:
-    """Area and its variance from midranks: how often each member is above the others, and the reverse."""
+def placements(scores: np.ndarray, members: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Share of others below each member, and of members above each other, ties half: float64 each, from midranks.
+
+    The mean of either is the area under the curve; their spread is its variance.
+
+    Raises:
+      ValueError: for fewer than two members or others.
+    """
     inside, outside = scores[members], scores[~members]
     m, n = len(inside), len(outside)
     if m < 2 or n < 2:
@@ -87,7 +93,13 @@ def _delong(scores: np.ndarray, members: np.ndarray) -> tuple[float, float]:
     ranks = rankdata(np.concatenate([inside, outside]))
     above = (ranks[:m] - rankdata(inside)) / n
     below = 1 - (ranks[m:] - rankdata(outside)) / m
-    return float(above.mean()), float(above.var(ddof=1) / m + below.var(ddof=1) / n)
+    return above, below
+
+
+def _delong(scores: np.ndarray, members: np.ndarray) -> tuple[float, float]:
+    """Area and its variance."""
+    above, below = placements(scores, members)
+    return float(above.mean()), float(above.var(ddof=1) / len(above) + below.var(ddof=1) / len(below))
 
 
 def gaussian_dp_mu(epsilon: float, *, delta: float) -> float:

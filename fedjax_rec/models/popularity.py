@@ -11,6 +11,8 @@ import numpy as np
 from fedjax_rec.data.interactions import Interactions
 from fedjax_rec.evaluation.scorers import Scorer, constant_scorer
 
+_DRAWN_AT_A_TIME = 1024  # users; bounds the noise that is held at once
+
 
 class DpPopularity(NamedTuple):
     """A released popularity vector and what its release costs."""
@@ -89,6 +91,31 @@ def dp_popularity(
         dp_event=dp_accounting.GaussianDpEvent(noise_multiplier),
         noise_stddev=stddev,
     )
+
+
+def draw_by_popularity(item_counts: np.ndarray, lengths: np.ndarray, *, rng: np.random.Generator) -> np.ndarray:
+    """Histories that know nothing but popularity, int32 ``[users, longest]``, padded with the number of items.
+
+    A history is drawn item by item without repeats, with odds in proportion to the counts: the top ones of
+    ``log count + Gumbel noise``. Not private: the counts are those of the data.
+
+    Args:
+      item_counts: ``[items]``.
+      lengths: int ``[users]``; longer ones are cut to the number of items that occur.
+      rng: of the draws.
+    """
+    num_items = len(item_counts)
+    lengths = np.minimum(lengths, np.count_nonzero(item_counts))
+    with np.errstate(divide="ignore"):
+        logits = np.log(item_counts)
+    drawn = np.full((len(lengths), int(lengths.max(initial=0))), num_items, np.int32)
+    places = np.arange(drawn.shape[1])
+    for start in range(0, len(lengths), _DRAWN_AT_A_TIME):
+        own = lengths[start : start + _DRAWN_AT_A_TIME, None]
+        noisy = logits[None, :] + rng.gumbel(size=(len(own), num_items))
+        best = np.argsort(-noisy, axis=1)[:, : len(places)]
+        drawn[start : start + len(own)] = np.where(places < own, best, num_items)
+    return drawn
 
 
 @jax.jit

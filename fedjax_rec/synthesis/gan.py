@@ -27,24 +27,19 @@ import optax
 import scipy.linalg
 
 from fedjax_rec.algorithms.fedgan import fedgan, log_uniform_length
-from fedjax_rec.data.clients import client_data
-from fedjax_rec.data.split import Split
-from fedjax_rec.federated.cohort import full_participation, poisson
-from fedjax_rec.federated.round import RoundKeys, make_rounds
-from fedjax_rec.federated.transforms import chain
 from fedjax_rec.models import gan_rows
 from fedjax_rec.models.dp_ease import noise_edge
 from fedjax_rec.models.dp_gram import dp_gram
 from fedjax_rec.models.popularity import DpPopularity, dp_popularity
 from fedjax_rec.privacy.budget import Phase
-from fedjax_rec.privacy.ledger import Entry, Ledger
-from fedjax_rec.privacy.mechanisms import clip_by_global_norm
-from fedjax_rec.privacy.schedule import scheduled_gaussian
+from fedjax_rec.privacy.ledger import Entry
 from fedjax_rec.synthesis.generator import Generator
+from fedjax_rec.synthesis.marginals import COUNTS, RELEASED_COUNTS
 from fedjax_rec.synthesis.methods import Method
 from fedjax_rec.synthesis.populations import with_rows
+from fedjax_rec.synthesis.rounds import TRAINING, run_rounds
 
-COUNTS, TRAINING, MOMENTS = "counts", "training", "moments"
+MOMENTS = "moments"
 _SPAN = 50  # rounds, or steps, between two reports
 
 
@@ -131,7 +126,7 @@ def gan_method(
         users = with_rows(train)
         count_key, fit_key = jax.random.split(key)
         counts = dp_popularity(users, noise_multiplier=float(noise[COUNTS][0]), key=count_key)
-        charged = (Entry(COUNTS, counts.dp_event, 1, "all", "noised sum of users' normalised rows"),)
+        charged = (Entry(COUNTS, counts.dp_event, 1, "all", RELEASED_COUNTS),)
         start = {"log_popularity": np.log(likely_counts(counts)), "sizes": sizes}
         fake = {"row_lengths": row_lengths, "temperature": temperature}
         batch = {"generator_batch_size": generator_batch_size}
@@ -148,7 +143,19 @@ def gan_method(
             game["item_weights"] = np.sqrt(likely / likely.max())
             optimizers = {"critic_optimizer": adam(critic_lr), "generator_optimizer": optimizer}
             algorithm = fedgan(users.num_items, **start, **fake, **batch, **game, **optimizers)
-            table, dense, more = _play(algorithm, users, noise[TRAINING], l2_clip_norm, sampling_prob, fit_key, report)
+            state, more = run_rounds(
+                algorithm,
+                users,
+                noise[TRAINING],
+                l2_clip_norm=l2_clip_norm,
+                sampling_prob=sampling_prob,
+                key=fit_key,
+                report=report,
+                said="rounds of critic and generator",
+                span_size=_SPAN,
+                num_buckets=3,
+            )
+            table, dense = state.shared.tables["generator"], state.shared.dense["generator"]
         else:
             gram_key, fit_key = jax.random.split(fit_key)
             gram = dp_gram(users, noise_multiplier=float(noise[MOMENTS][0]), key=gram_key)
@@ -183,31 +190,6 @@ def likely_counts(counts: DpPopularity) -> np.ndarray:
 
 def _scores(params: tuple[jax.Array, gan_rows.Params], key: jax.Array) -> jax.Array:
     return gan_rows.virtual_scores(*params, key)
-
-
-def _play(algorithm, users, noise, l2_clip_norm, sampling_prob, key, report):
-    """The rounds: (table, dense) of the generator, and what they released."""
-    nothing = users.take(np.zeros(users.num_interactions, bool))
-    clients = client_data(Split(users, nothing, nothing, nothing, rule="all users"), num_buckets=3)
-    everybody = sampling_prob == 1
-    sampler = (
-        full_participation(clients.num_clients)
-        if everybody
-        else poisson(clients.num_clients, cohort_size=sampling_prob * clients.num_clients)
-    )
-    private = bool(np.any(noise > 0))
-    # The line that adds the noise; each user's whole gradient, penalty included, is clipped before.
-    links = chain(clip_by_global_norm(l2_clip_norm), scheduled_gaussian(l2_clip_norm * noise)) if private else chain()
-    training = make_rounds(algorithm, links, sampler, clients, span_size=_SPAN)
-    init_key, *run_keys = jax.random.split(key, 4)
-    state, kept = training.init(init_key)
-    for done in range(0, len(noise), _SPAN):
-        num_rounds = min(_SPAN, len(noise) - done)
-        state, kept, _ = training.run(state, kept, RoundKeys(*run_keys), num_rounds)
-        jax.block_until_ready(state.round)
-        report(done + num_rounds, len(noise), "rounds of critic and generator")
-    charged = training.charge(Ledger(), first_round=0, num_rounds=len(noise), phase=TRAINING).entries if private else ()
-    return state.shared.tables["generator"], state.shared.dense["generator"], charged
 
 
 @partial(

@@ -32,14 +32,13 @@ from scipy.special import gamma
 from fedjax_rec.data.interactions import Interactions
 from fedjax_rec.models.dp_ease import noise_edge
 from fedjax_rec.models.dp_gram import DpGram, svec_noise
-from fedjax_rec.models.popularity import dp_popularity
 from fedjax_rec.privacy.budget import Phase
 from fedjax_rec.privacy.ledger import Entry
 from fedjax_rec.synthesis.generator import Generator
-from fedjax_rec.synthesis.marginals import RELEASED_COUNTS, posterior_mean
+from fedjax_rec.synthesis.marginals import COUNTS, release_counts
 from fedjax_rec.synthesis.methods import Method
 
-COUNTS, GRAM = "counts", "gram"
+GRAM = "gram"
 RELEASED_GRAM = "sum over users of d d^T, their centred row on the head items at length 1"
 _USERS_AT_A_TIME = 4096  # bounds the dense rows that are held at once
 _CALIBRATION_USERS, _CALIBRATION_STEPS, _DAMPING = 1024, 6, 0.8
@@ -92,23 +91,22 @@ def gram_method(
         counts_key, gram_key, calibration_key = jax.random.split(key, 3)
         multipliers = {name: float(noise[name][0]) for name in (COUNTS, GRAM)}
         num_users = max(int(np.count_nonzero(train.counts_per_user)), 1)
-        released = dp_popularity(train, noise_multiplier=multipliers[COUNTS], key=counts_key)
+        released = release_counts(train, noise_multiplier=multipliers[COUNTS], key=counts_key)
         report(1, 4, "mean row released")
-        noised = np.asarray(released.counts, np.float64)
         # No share is smaller than a tenth of a user: an item that nobody took may still be drawn, rarely.
-        mean = np.maximum(posterior_mean(noised, released.noise_stddev), 0.1) / num_users
+        mean = np.maximum(released.clean, 0.1) / num_users
         size = head_size(num_users, train.num_items, multipliers[GRAM]) if head is None else min(head, train.num_items)
         head_ids = np.sort(np.argsort(-mean, kind="stable")[:size])
         gram = centred_gram(train, mean, head_ids, noise_multiplier=multipliers[GRAM], key=gram_key)
         report(2, 4, f"centred Gram matrix of {size} items released")
         latent = _latent_gaussian(gram, mean, num_users, rank=rank, temperature=temperature)
         report(3, 4, f"{latent.loadings.shape[1]} directions stand out of the noise")
-        mean_root_length = max(float(noised.sum()) / num_users, 1.0)  # the items of r_u sum to sqrt(n_u)
+        mean_root_length = max(float(released.noised.sum()) / num_users, 1.0)  # the items of r_u sum to sqrt(n_u)
         latent = match_marginals(latent, mean, mean_root_length, key=calibration_key)
         report(4, 4, "popularity matched")
         private = min(multipliers.values()) > 0
         entries = (
-            Entry(COUNTS, released.dp_event, 1, "all", RELEASED_COUNTS),
+            released.entry,
             Entry(GRAM, gram.dp_event, 1, "all", RELEASED_GRAM),
         )
         choices = {

@@ -4,10 +4,13 @@ A virtual user's history of n items is n draws without repeats, the next item wi
 p: the n largest of log p_i + Gumbel noise (Plackett, 1975, "The Analysis of Permutations").
 """
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from fedjax_rec.data.interactions import Interactions
 from fedjax_rec.models.popularity import dp_popularity
 from fedjax_rec.privacy.budget import Phase
 from fedjax_rec.privacy.ledger import Entry
@@ -17,6 +20,32 @@ from fedjax_rec.synthesis.methods import Method
 COUNTS = "counts"
 RELEASED_COUNTS = "sum over users of x / |x|, their 0/1 row of items at length 1"
 _SMALLEST_SHARE = 1e-6  # of what the average item has: keeps logarithms finite
+
+
+class ReleasedCounts(NamedTuple):
+    """sum_u x_u / |x_u|, released once.
+
+    Attributes:
+      noised: float64 ``[items]``, as released.
+      clean: float64 ``[items]``, `posterior_mean` of it.
+      entry: for the ledger.
+    """
+
+    noised: np.ndarray
+    clean: np.ndarray
+    entry: Entry
+
+
+def release_counts(train: Interactions, *, noise_multiplier: float, key: jax.Array) -> ReleasedCounts:
+    """The item counts that generators start from, each user's row at length 1.
+
+    Guarantee: that of `models.popularity.dp_popularity` with its defaults: user-level, adding or removing one user, one
+    Gaussian mechanism of L2 sensitivity 1 on all users. ``key`` must be secret and used for nothing else.
+    """
+    released = dp_popularity(train, noise_multiplier=noise_multiplier, key=key)
+    noised = np.asarray(released.counts, np.float64)
+    entry = Entry(COUNTS, released.dp_event, 1, "all", RELEASED_COUNTS)
+    return ReleasedCounts(noised, posterior_mean(noised, released.noise_stddev), entry)
 
 
 def popularity_method() -> Method:
@@ -36,16 +65,15 @@ def popularity_method() -> Method:
 
     def fit(train, noise, key, report):
         multiplier = float(noise[COUNTS][0])
-        released = dp_popularity(train, noise_multiplier=multiplier, key=key)
+        released = release_counts(train, noise_multiplier=multiplier, key=key)
         report(1, 1, "item counts released")
-        counts = posterior_mean(np.asarray(released.counts, np.float64), released.noise_stddev)
         private = multiplier > 0
         return Generator(
             name="popularity",
             num_items=train.num_items,
-            params=jnp.asarray(log_shares(counts)),
+            params=jnp.asarray(log_shares(released.clean)),
             scores=_scores,
-            releases=(Entry(COUNTS, released.dp_event, 1, "all", RELEASED_COUNTS),) if private else (),
+            releases=(released.entry,) if private else (),
             choices={"sampler": "without repeats, in proportion to released counts", "noise_multiplier": multiplier},
             private=private,
         )

@@ -27,15 +27,14 @@ import scipy.sparse.linalg
 
 from fedjax_rec.data.interactions import Interactions
 from fedjax_rec.models.dp_gram import columns_by_user
-from fedjax_rec.models.popularity import dp_popularity
 from fedjax_rec.privacy.budget import Phase
 from fedjax_rec.privacy.ledger import Entry
 from fedjax_rec.synthesis.generator import Generator
 from fedjax_rec.synthesis.gram import head_size, undo_shift
-from fedjax_rec.synthesis.marginals import RELEASED_COUNTS, log_shares, posterior_mean
+from fedjax_rec.synthesis.marginals import COUNTS, log_shares, release_counts
 from fedjax_rec.synthesis.methods import Method
 
-COUNTS, TRANSITIONS = "counts", "transitions"
+TRANSITIONS = "transitions"
 RELEASED_TRANSITIONS = "sum over users of their transitions between head items at Frobenius norm 1"
 
 
@@ -110,22 +109,21 @@ def next_item_method(
         counts_key, transitions_key = jax.random.split(key)
         multipliers = {name: float(noise[name][0]) for name in (COUNTS, TRANSITIONS)}
         num_users = max(int(np.count_nonzero(train.counts_per_user)), 1)
-        released = dp_popularity(train, noise_multiplier=multipliers[COUNTS], key=counts_key)
+        released = release_counts(train, noise_multiplier=multipliers[COUNTS], key=counts_key)
         report(1, 3, "item counts released")
-        counts = posterior_mean(np.asarray(released.counts, np.float64), released.noise_stddev)
         rule = head_size(num_users, train.num_items, multipliers[TRANSITIONS])
         size = rule if head is None else min(head, train.num_items)
-        head_ids = np.sort(np.argsort(-counts, kind="stable")[:size])
+        head_ids = np.sort(np.argsort(-released.clean, kind="stable")[:size])
         transitions = dp_transitions(
             train, head_ids, reach=reach, decay=decay, noise_multiplier=multipliers[TRANSITIONS], key=transitions_key
         )
         report(2, 3, f"transitions between {size} items released")
-        log_share = log_shares(counts)
+        log_share = log_shares(released.clean)
         earlier, later = _lift(transitions, np.exp(np.float64(log_share)), rank=rank)
         report(3, 3, f"{earlier.shape[1]} directions stand out of the noise")
         private = min(multipliers.values()) > 0
         entries = (
-            Entry(COUNTS, released.dp_event, 1, "all", RELEASED_COUNTS),
+            released.entry,
             Entry(TRANSITIONS, transitions.dp_event, 1, "all", RELEASED_TRANSITIONS),
         )
         choices = {

@@ -14,6 +14,7 @@ import numpy as np
 
 from fedjax_rec.data.interactions import Interactions
 from fedjax_rec.data.split import Split
+from fedjax_rec.models.popularity import draw_by_popularity
 from fedjax_rec.synthesis.virtual import from_histories
 
 
@@ -147,8 +148,7 @@ def dense_rows(interactions: Interactions) -> np.ndarray:
 def popularity_sampler(real: Interactions, *, num_users: int, seed: int) -> Interactions:
     """Virtual users who know nothing but popularity: what any generator must beat. Not private.
 
-    Each takes the length of a random real user, and items without replacement by their number of real users: the top
-    ones of ``log count + Gumbel noise``.
+    Each takes the length of a random real user, and items as `draw_by_popularity` draws them.
 
     Args:
       real: rows that popularity and lengths are taken from.
@@ -157,13 +157,7 @@ def popularity_sampler(real: Interactions, *, num_users: int, seed: int) -> Inte
     """
     rng = np.random.default_rng([seed, 2])
     lengths = rng.choice(real.counts_per_user[real.counts_per_user > 0], num_users)
-    lengths = np.minimum(lengths, np.count_nonzero(real.item_counts))
-    with np.errstate(divide="ignore"):
-        logits = np.log(real.item_counts)
-    drawn = np.full((num_users, int(lengths.max())), real.num_items, np.int32)
-    for user, length in enumerate(lengths):
-        noisy = logits + rng.gumbel(size=real.num_items)
-        drawn[user, :length] = np.argpartition(-noisy, length - 1)[:length]
+    drawn = draw_by_popularity(real.item_counts, lengths, rng=rng)
     return from_histories(drawn, catalogue=real, name="popularity sampler", ordered=False)
 
 

@@ -27,21 +27,13 @@ import numpy as np
 import optax
 
 from fedjax_rec.algorithms.fedvae import fedvae, vae_params
-from fedjax_rec.data.clients import client_data
 from fedjax_rec.data.interactions import Interactions
-from fedjax_rec.data.split import Split
-from fedjax_rec.federated.cohort import poisson
-from fedjax_rec.federated.round import RoundKeys, make_rounds
-from fedjax_rec.federated.transforms import chain
 from fedjax_rec.models.base import Shared
 from fedjax_rec.models.mult_vae import Vae, decode, mult_vae
-from fedjax_rec.models.popularity import dp_popularity
 from fedjax_rec.models.rec_vae import rec_vae
 from fedjax_rec.models.vae_training import train_vae
 from fedjax_rec.privacy.budget import Phase
-from fedjax_rec.privacy.ledger import Entry, Ledger
-from fedjax_rec.privacy.mechanisms import clip_by_global_norm
-from fedjax_rec.privacy.schedule import scheduled_gaussian
+from fedjax_rec.privacy.ledger import Entry
 from fedjax_rec.synthesis.generator import Generator
 from fedjax_rec.synthesis.latent_prior import (
     MIXTURE,
@@ -51,11 +43,11 @@ from fedjax_rec.synthesis.latent_prior import (
     mixture_phase,
     standard_mixture,
 )
-from fedjax_rec.synthesis.marginals import log_shares, posterior_mean
+from fedjax_rec.synthesis.marginals import COUNTS, log_shares, release_counts
 from fedjax_rec.synthesis.methods import Method
 from fedjax_rec.synthesis.populations import with_rows
+from fedjax_rec.synthesis.rounds import TRAINING, run_rounds, training_sampler
 
-COUNTS, TRAINING = "counts", "training"
 VARIANTS, PRIORS = ("mult", "rec"), ("normal", "mixture")
 _SPAN = 10
 
@@ -179,9 +171,8 @@ def vae_method(
         users = with_rows(train)
         is_private = float(noise[COUNTS][0]) > 0
         count_key, train_key, prior_key = jax.random.split(key, 3)
-        counts = dp_popularity(users, noise_multiplier=float(noise[COUNTS][0]), key=count_key)
-        charged = [Entry(COUNTS, counts.dp_event, 1, "all", "noised sum of users' normalised rows")]
-        shares = log_shares(posterior_mean(np.asarray(counts.counts, np.float64), counts.noise_stddev))
+        counts = release_counts(users, noise_multiplier=float(noise[COUNTS][0]), key=count_key)
+        charged, shares = [counts.entry], log_shares(counts.clean)
         size = private.latent if is_private else latent
         stddev = private.init_stddev if is_private else None
         vae = _starting_at(_vae(variant, users.num_items, size, tied, dropout, stddev), shares)
@@ -255,22 +246,20 @@ def _rounds(
     vae: Vae, users: Interactions, noise: np.ndarray, how: PrivateTraining, key: jax.Array, report: Any
 ) -> tuple[Shared, list[Entry]]:
     """Parameters after all rounds, and what the rounds released."""
-    nothing = users.take(np.zeros(users.num_interactions, bool))
-    clients = client_data(Split(users, nothing, nothing, nothing, rule="all users"), num_buckets=1)
-    sampler = poisson(clients.num_clients, cohort_size=how.sampling_prob * clients.num_clients)
     # What a learning rate of 1 adds up to in a table's entry; a function of the noise and the cohort, not of the data.
-    level = float(np.sqrt(np.sum(np.square(noise)))) / sampler.expected_size
+    cohort_size = training_sampler(users.num_users, how.sampling_prob).expected_size
+    level = float(np.sqrt(np.sum(np.square(noise)))) / cohort_size
     optimizer = optax.sgd(max(how.server_lr, how.noise_level / level) / how.l2_clip_norm)
-    algorithm = fedvae(vae, beta=how.beta, server_optimizer=optimizer)
-    # The line that adds the noise.
-    links = chain(clip_by_global_norm(how.l2_clip_norm), scheduled_gaussian(how.l2_clip_norm * noise))
-    training = make_rounds(algorithm, links, sampler, clients, span_size=_SPAN)
-    init_key, *run_keys = jax.random.split(key, 4)
-    state, kept = training.init(init_key)
-    for done in range(0, len(noise), _SPAN):
-        num_rounds = min(_SPAN, len(noise) - done)
-        state, kept, _ = training.run(state, kept, RoundKeys(*run_keys), num_rounds)
-        jax.block_until_ready(state.round)
-        report(done + num_rounds, len(noise), "rounds of training")
-    charged = training.charge(Ledger(), first_round=0, num_rounds=len(noise), phase=TRAINING)
-    return vae_params(state.shared), list(charged.entries)
+    state, entries = run_rounds(
+        fedvae(vae, beta=how.beta, server_optimizer=optimizer),
+        users,
+        noise,
+        l2_clip_norm=how.l2_clip_norm,
+        sampling_prob=how.sampling_prob,
+        key=key,
+        report=report,
+        said="rounds of training",
+        span_size=_SPAN,
+        num_buckets=1,
+    )
+    return vae_params(state.shared), list(entries)
