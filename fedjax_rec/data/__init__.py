@@ -25,6 +25,7 @@ from fedjax_rec.data.split import leave_given_out as leave_given_out
 from fedjax_rec.data.split import leave_one_out as leave_one_out
 from fedjax_rec.data.split import predefined_split as predefined_split
 from fedjax_rec.data.split import ratio_split as ratio_split
+from fedjax_rec.data.split import shown_at_test as shown_at_test
 from fedjax_rec.data.split import strong_generalization as strong_generalization
 from fedjax_rec.data.split import with_candidates as with_candidates
 from fedjax_rec.data.statistics import DataStatistics as DataStatistics

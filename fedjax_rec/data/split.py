@@ -265,6 +265,25 @@ def strong_generalization(
     return _cut(interactions, part, rule=rule, tie_rule=used_tie_rule, seed=seed, repairs=repairs)
 
 
+def shown_at_test(split: Split) -> Interactions:
+    """What each user has done before the test row: train, history and validation, in this order.
+
+    A recommender of the next item reads it at test time, as papers on sequences do: the row before the test row is the
+    best hint at it, and no parameter is fitted to it.
+    """
+    parts = [split.train, split.history, split.validation]
+    users = np.concatenate([part.user_ids for part in parts])
+    order = np.argsort(users, kind="stable")
+
+    def joined(key):
+        values = [getattr(part, key) for part in parts]
+        return None if values[0] is None else np.concatenate(values)[order]
+
+    counts = sum(part.counts_per_user for part in parts)
+    columns = {key: joined(key) for key in ("item_ids", "file_rows", "timestamps", "ratings")}
+    return dataclasses.replace(split.train, offsets=np.concatenate([[0], np.cumsum(counts)]), **columns)
+
+
 def with_candidates(split: Split, candidates: np.ndarray) -> Split:
     """The same split with published negatives for each user's test item.
 
