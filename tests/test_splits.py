@@ -20,6 +20,7 @@ from fedjax_rec.data import (
     load_split,
     predefined_split,
     ratio_split,
+    shown_at_test,
     strong_generalization,
     with_candidates,
 )
@@ -166,6 +167,19 @@ def test_ratio_split_counts_by_the_decimal_that_was_meant():
     interactions = from_rows(np.ones(100), np.arange(100), name="hundred")
     split = ratio_split(interactions, test_ratio=0.29, validation_ratio=0.1)
     assert [part.num_interactions for part in (split.train, split.validation, split.test)] == [61, 10, 29]
+
+
+@given(rows)
+@settings(max_examples=20, deadline=None)
+def test_what_is_shown_at_test_time_is_all_but_the_test_rows_in_time_order(table):
+    for split in every_split(build(table), "file_last", 0):
+        shown = shown_at_test(split)
+        assert sorted(pairs(shown) + pairs(split.test)) == sorted(all_pairs(split))
+        for user in range(split.num_users):
+            before, kept = split.train.items_of(user), shown.items_of(user)
+            np.testing.assert_array_equal(kept[: len(before)], before)
+            if split.rule == "leave_one_out" and len(kept) > len(before):
+                assert kept[-1] == split.validation.items_of(user)[0]
 
 
 def test_candidates_lose_the_positive_and_say_so():
