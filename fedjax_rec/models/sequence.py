@@ -31,6 +31,8 @@ class SequenceModel(NamedTuple):
       catalogue: ``params -> float32 [num_items, dim]``, what queries are multiplied with.
       num_items: catalogue size.
       max_length: most items of a history that count.
+      places: ``(params, history int32 [L]) -> float32 [L, dim]`` for L up to ``max_length``: queries for what comes
+        after each place, as in training but without dropout, all in one pass. None for a model that looks both ways.
     """
 
     init: Callable[[jax.Array], Shared]
@@ -39,6 +41,7 @@ class SequenceModel(NamedTuple):
     catalogue: Callable[[Shared], jax.Array]
     num_items: int
     max_length: int
+    places: Callable[[Shared, jax.Array], jax.Array] | None = None
 
     def score(self, params: Shared, history: jax.Array) -> jax.Array:
         """Scores of all items after one history, float32 ``[num_items]``."""
