@@ -4,8 +4,8 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 
-from fedjax_rec.federated.rows import take_rows
 from fedjax_rec.models.base import Shared
 
 
@@ -36,7 +36,8 @@ def id_table(num_items: int, *, dim: int, init_stddev: float = 0.02) -> ItemTowe
 
     return ItemTower(
         init=init,
-        take=lambda params, ids: take_rows(params.tables["item"], ids),
+        # Not `take_rows`, which has no derivative.
+        take=lambda params, ids: jnp.take(params.tables["item"], ids, axis=0, mode="clip"),
         all=lambda params: params.tables["item"],
         num_items=num_items,
         dim=dim,
