@@ -243,7 +243,7 @@ def _layout(experiment: "Experiment") -> "Layout":
 
     from fedjax_rec.privacy.canaries import Layout
 
-    tables = tuple(jax.eval_shape(experiment.model.init_shared, jax.random.key(0)).tables)
+    tables = tuple(jax.eval_shape(experiment.method.algorithm.init, jax.random.key(0)).shared.tables)
     longest = max(int(bucket.item_ids.shape[-1]) for bucket in experiment.clients.buckets)
     numbers = longest * (experiment.config.model.dim + 1)
     return Layout(tables=tables, rows=min(max(numbers // len(tables), 2), Layout.rows), dense=0)

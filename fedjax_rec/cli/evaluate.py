@@ -41,7 +41,7 @@ def run(config: EvaluateConfig) -> int:
     """Prints the metrics and writes evaluation-PART.json into the run directory."""
     from rich.console import Console
 
-    from fedjax_rec.evaluation import cases, client_scorer, evaluate, expect_sampled
+    from fedjax_rec.evaluation import cases, evaluate, expect_sampled
     from fedjax_rec.reporting import Table, to_rich
     from fedjax_rec.runs import config as configs
     from fedjax_rec.runs import directory
@@ -58,7 +58,7 @@ def run(config: EvaluateConfig) -> int:
     best = selects_best(saved) if config.checkpoint == "auto" else config.checkpoint == "best"
     found = _parameters(experiment, config.run / (directory.BEST if best else directory.LAST), devices=saved.devices)
     evaluation = evaluate(
-        client_scorer(experiment.model.score, shared=found.state.shared, private=found.private),
+        experiment.method.scorer(found.state.shared, found.private, config.part),
         cases(experiment.split, config.part),
         ks=config.ks,
         ties=config.ties,

@@ -30,10 +30,19 @@ class DataConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """Matrix factorisation with private user vectors."""
+    """Matrix factorisation with private user vectors, or a Transformer that reads the user's history."""
 
+    kind: Literal["mf", "sasrec"] = "mf"
+    """mf: matrix factorisation, user vectors never leave their clients. sasrec: what comes next after a history, all
+    parameters shared, softmax over the catalogue; start from --server.lr 0.005 --rounds 300."""
     dim: int = 32
     """Length of user and item vectors."""
+    max_length: int = 50
+    """Last items of a history that sasrec reads."""
+    num_blocks: int = 2
+    """Blocks of sasrec."""
+    dropout: float = 0.2
+    """Of sasrec, in training."""
     loss: Literal["logistic", "bpr", "squared"] = "logistic"
     """Loss of a batch."""
     l2: float = 0.01

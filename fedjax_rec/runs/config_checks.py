@@ -16,6 +16,8 @@ def check(config: TrainConfig) -> None:
         "--eval-every": config.eval_every,
         "--devices": config.devices,
         "--model.dim": config.model.dim,
+        "--model.max-length": config.model.max_length,
+        "--model.num-blocks": config.model.num_blocks,
         "--client.local-epochs": config.client.local_epochs,
         "--server.lr": config.server.lr,
         "--privacy.l2-clip-norm": config.privacy.l2_clip_norm,
@@ -61,7 +63,34 @@ def check(config: TrainConfig) -> None:
             "--data.k-core chooses users and items by looking at everyone's data, which no epsilon covers; "
             "filter beforehand and declare the result public, or leave it out."
         )
+    _check_model(config)
     _check_mechanism(config)
+
+
+def _check_model(config: TrainConfig) -> None:
+    model, client, default = config.model, config.client, TrainConfig()
+    sequence_flags = {
+        "--model.max-length": (model.max_length, default.model.max_length),
+        "--model.num-blocks": (model.num_blocks, default.model.num_blocks),
+        "--model.dropout": (model.dropout, default.model.dropout),
+    }
+    factor_flags = {
+        "--model.loss": (model.loss, default.model.loss),
+        "--model.l2": (model.l2, default.model.l2),
+        "--model.label-mean": (model.label_mean, default.model.label_mean),
+        "--client.private-lr": (client.private_lr, default.client.private_lr),
+        "--client.batch-size": (client.batch_size, default.client.batch_size),
+        "--client.num-negatives": (client.num_negatives, default.client.num_negatives),
+        "--client.negative-distribution": (client.negative_distribution, default.client.negative_distribution),
+        "--client.weigh-by-examples": (client.weigh_by_examples, default.client.weigh_by_examples),
+        "--client.max-examples": (client.max_examples, default.client.max_examples),
+        "--data.use-ratings": (config.data.use_ratings, default.data.use_ratings),
+    }
+    for flag, (value, usual) in (factor_flags if model.kind == "sasrec" else sequence_flags).items():
+        if value != usual:
+            raise ValueError(f"{flag} does nothing for --model.kind {model.kind}; leave it out.")
+    if not 0 <= model.dropout < 1:
+        raise ValueError(f"--model.dropout must be at least 0 and below 1; got {model.dropout}.")
 
 
 def _check_mechanism(config: TrainConfig) -> None:

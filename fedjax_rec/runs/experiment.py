@@ -8,7 +8,6 @@ import jax
 import numpy as np
 import optax
 
-from fedjax_rec.algorithms.fedavg import fedavg, mean_interactions
 from fedjax_rec.data.clients import ClientData, client_data
 from fedjax_rec.data.filters import binarize, k_core
 from fedjax_rec.data.interactions import Interactions
@@ -18,11 +17,10 @@ from fedjax_rec.data.split import Split, leave_one_out, ratio_split
 from fedjax_rec.federated.cohort import Sampler, fixed_size, full_participation, in_turn, poisson
 from fedjax_rec.federated.round import RoundKeys, Rounds, largest_update, make_rounds
 from fedjax_rec.federated.transforms import chain
-from fedjax_rec.models.base import Model
-from fedjax_rec.models.matrix_factorization import matrix_factorization
 from fedjax_rec.models.popularity import DpPopularity, dp_popularity
 from fedjax_rec.privacy.accounting import delta_warning
 from fedjax_rec.runs.config import TrainConfig
+from fedjax_rec.runs.method import Method, make_method
 from fedjax_rec.runs.privacy_plan import PrivacyPlan, plan_privacy, with_colluders
 from fedjax_rec.runs.uploads import compression, in_fixed_point, way_to_sum
 
@@ -41,7 +39,7 @@ class Experiment:
       interactions: the data set, filtered.
       split: train, validation, test.
       clients: the population.
-      model: scores for one client.
+      method: what is trained, and how it is asked for scores.
       rounds: compiled training.
       sampler: cohorts.
       keys: the run's randomness.
@@ -54,7 +52,7 @@ class Experiment:
     interactions: Interactions
     split: Split
     clients: ClientData
-    model: Model
+    method: Method
     rounds: Rounds
     sampler: Sampler
     keys: RoundKeys
@@ -109,7 +107,8 @@ def _laid_out(config: TrainConfig, interactions: Interactions, split: Split, not
         num_shards=config.devices,
     )
     counts = split.train.counts_per_user
-    per_positive = 0 if config.data.use_ratings else config.client.num_negatives
+    drawn = config.model.kind == "mf" and not config.data.use_ratings
+    per_positive = config.client.num_negatives if drawn else 0
     short = int(np.sum(counts * per_positive > split.num_items - counts))
     if per_positive and short:
         notes.append(
@@ -214,7 +213,6 @@ def prepare(config: TrainConfig, *, data: Data | None = None, keys: RoundKeys | 
     keys = make_keys(config) if keys is None else keys
     train, num_clients = data.split.train, data.clients.num_clients
     sampler = make_sampler(config, num_clients)
-    model = matrix_factorization(train.num_items, **dataclasses.asdict(config.model))
     popularity = released_popularity(config, train, noise_key=keys.noise)
     client = config.client
     negatives = Negatives(
@@ -222,21 +220,14 @@ def prepare(config: TrainConfig, *, data: Data | None = None, keys: RoundKeys | 
         client.negative_distribution,
         None if popularity is None else popularity_cdf(popularity),
     )
-    optimizer = optax.partition(
-        {"shared": optax.sgd(client.lr), "private": optax.sgd(client.private_lr)},
-        {"rows": "shared", "dense": "shared", "private": "private"},
-    )
-    algorithm = fedavg(
-        model,
-        client_optimizer=optimizer,
-        server_optimizer=make_server_optimizer(config),
-        local_epochs=client.local_epochs,
-        batch_size=client.batch_size,
+    method = make_method(
+        config,
+        split=data.split,
+        clients=data.clients,
         negatives=negatives,
-        weigh_by_examples=client.weigh_by_examples,
-        max_examples=client.max_examples,
-        mean_examples=mean_interactions(data.clients),
+        server_optimizer=make_server_optimizer(config),
     )
+    algorithm = method.algorithm
     plan, warnings = None, list(data.notes)
     smaller = compression(config.upload, num_items=train.num_items)
     if config.private:
@@ -261,7 +252,7 @@ def prepare(config: TrainConfig, *, data: Data | None = None, keys: RoundKeys | 
         interactions=data.interactions,
         split=data.split,
         clients=data.clients,
-        model=model,
+        method=method,
         rounds=rounds,
         sampler=sampler,
         keys=keys,

@@ -108,7 +108,7 @@ def rating_metrics(experiment: Experiment, state: Any, private: Any, part: str) 
     def predict(shared, private, users, items):
         def one(pair):
             own = jax.tree.map(lambda x: x[pair[0]], private)
-            return experiment.model.score(shared, own)[pair[1]]
+            return experiment.method.score(shared, own)[pair[1]]
 
         return jax.lax.map(one, (users, items), batch_size=64)
 
@@ -178,7 +178,7 @@ def result(experiment: Experiment, outcome: Outcome, rows: dict[str, dict[str, A
     sampled = expect_sampled(evaluation, num_negatives=99, ks=(10,)).values if smallest > 100 else {}
     popularity = evaluate(popularity_scorer(train_rows), cases(split, "validation"), ks=KS).values
     return {
-        "algorithm": "FedAvg, matrix factorisation",
+        "algorithm": experiment.method.title,
         "test": evaluation.values | sampled | rating_metrics(experiment, outcome.state, outcome.private, "test"),
         "interval": {METRIC: [float(interval.low), float(interval.high)]},
         "baselines": rows,

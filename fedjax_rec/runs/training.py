@@ -12,7 +12,6 @@ import numpy as np
 
 from fedjax_rec.evaluation.exact import Evaluation, evaluate
 from fedjax_rec.evaluation.heldout import cases
-from fedjax_rec.evaluation.scorers import client_scorer
 from fedjax_rec.federated.round import RoundKeys
 from fedjax_rec.privacy.curve import epsilon_after
 from fedjax_rec.privacy.ledger import Ledger
@@ -49,7 +48,7 @@ class Outcome(NamedTuple):
 
 def evaluate_part(experiment: Experiment, state: Any, private: Any, part: str) -> Evaluation:
     """Exact full-ranking metrics of the clients' own models on one part of the split."""
-    scorer = client_scorer(experiment.model.score, shared=state.shared, private=private)
+    scorer = experiment.method.scorer(state.shared, private, part)
     return evaluate(scorer, cases(experiment.split, part), ks=KS)
 
 
