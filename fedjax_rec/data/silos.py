@@ -30,7 +30,7 @@ class Silo:
       client_id: int32 scalar, the silo's place in ``Silos.labels``.
       length: int32 scalar, real interactions; secret, so only to be used where the privacy proof allows it.
       item_ids: int32 ``[L]``, padded with ``num_items``; repeats allowed.
-      labels: float32 ``[L]``: ones for implicit feedback; zero on padding.
+      labels: float32 ``[L]``: ratings, or ones for implicit feedback; zero on padding.
       user_slots: int32 ``[L]``, the user's row in the silo's private tables; zero on padding.
       public_size: float32 scalar, the declared number of interactions, by which gradient sums are divided.
       weight: float32 scalar, public weight of the silo in the server's mean; 1 on average over the silos.
@@ -90,9 +90,10 @@ def silo_data(
     *,
     public_sizes: np.ndarray | None = None,
     weigh_by_size: bool = True,
+    use_ratings: bool = False,
     num_buckets: int = 1,
 ) -> Silos:
-    """Groups a split's training interactions into silos, as implicit feedback.
+    """Groups a split's training interactions into silos.
 
     Privacy: who is in which silo is public. So are the declared sizes: by default the true counts are declared, once
     and before training, and neighbouring data sets are compared under the same declaration. Declare a rounded number
@@ -104,16 +105,20 @@ def silo_data(
       public_sizes: ``[num_silos]``, positive, in the order of the sorted labels; None declares the true counts (1 if
         empty).
       weigh_by_size: silos weigh in proportion to their declared size, as in FedAvg, instead of equally.
+      use_ratings: labels are ratings, all known, instead of ones.
       num_buckets: most length buckets to make. Each is compiled, and padding is cheap: only batches are computed.
 
     Raises:
-      ValueError: if ``groups`` or ``public_sizes`` has another length, a size is not positive, or there are no rows.
+      ValueError: if ``groups`` or ``public_sizes`` has another length, a size is not positive, there are no rows, or
+        ratings are asked for and missing.
     """
     train, groups = split.train, np.asarray(groups)
     if groups.shape != (train.num_users,):
         raise ValueError(f"groups must hold one label for each of the {train.num_users} users; got {groups.shape}.")
     if not train.num_interactions:
         raise ValueError("There is nothing to train on: every silo is empty.")
+    if use_ratings and (train.ratings is None or np.isnan(train.ratings).any()):
+        raise ValueError(f"{train.name} has rows without ratings; drop them, or train with use_ratings=False.")
     labels, silo_ids, users_in = np.unique(groups, return_inverse=True, return_counts=True)
     row_silos = silo_ids[train.user_ids]
     lengths = np.bincount(row_silos, minlength=len(labels))
@@ -129,15 +134,17 @@ def silo_data(
     def bucket(members: np.ndarray, capacity: int) -> Silo:
         item_ids = np.full((len(members), capacity), train.num_items, np.int32)
         slots = np.zeros((len(members), capacity), np.int32)
+        of_rows = np.zeros((len(members), capacity), np.float32)
         for row, silo in enumerate(members):
             own = row_silos == silo
             item_ids[row, : lengths[silo]] = train.item_ids[own]
             slots[row, : lengths[silo]] = user_slots[train.user_ids[own]]
+            of_rows[row, : lengths[silo]] = train.ratings[own] if use_ratings else 1.0
         return Silo(
             client_id=members.astype(np.int32),
             length=lengths[members].astype(np.int32),
             item_ids=item_ids,
-            labels=(item_ids < train.num_items).astype(np.float32),
+            labels=of_rows,
             user_slots=slots,
             public_size=public_sizes[members].astype(np.float32),
             weight=weights[members].astype(np.float32),
