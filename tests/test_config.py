@@ -36,6 +36,9 @@ CHANGED = TrainConfig(
 )
 
 
+SASREC = TrainConfig(epsilon=8.0, model=ModelConfig(kind="sasrec", max_length=7))
+
+
 @pytest.mark.parametrize("config", [TrainConfig(), CHANGED], ids=["defaults", "changed"])
 def test_a_configuration_survives_its_file(config, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(to_dict(config)), encoding="utf-8")
@@ -89,7 +92,7 @@ def test_where_a_run_lies_makes_no_difference():
     assert differences(moved, CHANGED) == []
 
 
-@pytest.mark.parametrize("config", [TrainConfig(), CHANGED, TrainConfig(epsilon=1.0)])
+@pytest.mark.parametrize("config", [TrainConfig(), CHANGED, TrainConfig(epsilon=1.0), SASREC])
 def test_what_can_run_is_not_refused(config):
     check(config)
 
@@ -104,6 +107,9 @@ SIMULATED = UploadConfig(sum="simulated")
         (TrainConfig(epsilon=-1.0), r"--epsilon must be a positive number; got -1\.0"),
         (TrainConfig(epsilon=float("nan")), "--epsilon must be a positive number; got nan"),
         (TrainConfig(epsilon=float("inf")), "--epsilon must be a positive number; got inf"),
+        (TrainConfig(model=ModelConfig(kind="sasrec", l2=0.1)), "--model.l2 does nothing for --model.kind sasrec"),
+        (TrainConfig(model=ModelConfig(max_length=9)), "--model.max-length does nothing for --model.kind mf"),
+        (TrainConfig(model=ModelConfig(kind="sasrec", dropout=1.0)), r"--model.dropout must be .* below 1; got 1\.0"),
         (TrainConfig(rounds=0), "--rounds must be a positive number; got 0"),
         (TrainConfig(cohort_size=0), "--cohort-size must be a positive number; got 0"),
         (TrainConfig(eval_every=0), "--eval-every must be a positive number"),

@@ -16,6 +16,7 @@ from fedjax_rec.federated.algorithm import Algorithm
 from fedjax_rec.models.base import Shared
 from fedjax_rec.models.items import id_table
 from fedjax_rec.models.matrix_factorization import matrix_factorization
+from fedjax_rec.models.sasrec import sasrec
 from fedjax_rec.models.sequence import SequenceModel, sequence_scorer
 from fedjax_rec.runs.config import TrainConfig
 
@@ -86,8 +87,6 @@ def _factors(config, clients, negatives, server_optimizer) -> Method:
 
 
 def _sequence(config, split, server_optimizer) -> Method:
-    from fedjax_rec.models.sasrec import sasrec
-
     settings, client = config.model, config.client
     items = id_table(split.num_items, dim=settings.dim, init_stddev=settings.init_stddev)
     model = sasrec(items, max_length=settings.max_length, num_blocks=settings.num_blocks, dropout=settings.dropout)
