@@ -128,6 +128,17 @@ def hashed(name: str, values: np.ndarray, *, num_buckets: int) -> Column:
     return _column(name, num_buckets, ids[:, None], (ids >= 0)[:, None])
 
 
+def placed(name: str, places: np.ndarray, *, size: int) -> Column:
+    """A categorical field whose values are places ``[n]`` in ``0 .. size - 1`` already; -1 is missing.
+
+    Raises:
+      ValueError: for a place out of range.
+    """
+    if len(places) and not -1 <= places.min() <= places.max() < size:
+        raise ValueError(f"{name} has places {places.min()} .. {places.max()}, and needs -1 .. {size - 1}.")
+    return _column(name, size, places[:, None], (places >= 0)[:, None])
+
+
 def many_valued(name: str, flags: np.ndarray) -> Column:
     """A field with any number of values, from flags bool ``[n, size]``; slots for the most in one example."""
     counts = flags.sum(1)
