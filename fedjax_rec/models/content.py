@@ -21,7 +21,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fedjax_rec.federated.rows import take_rows
 from fedjax_rec.models.base import Shared
 from fedjax_rec.models.items import ItemTower
 from fedjax_rec.models.sequence import SequenceModel
@@ -72,7 +71,7 @@ def content_tower(
     columns = {name: _unit_rows(name, modality, num_items) for name, modality in modalities.items()}
     present = {name: jnp.asarray(modality.present) for name, modality in modalities.items()}
     if ids:
-        present[_ID] = jnp.ones(num_items, bool) if known is None else known
+        present[_ID] = jnp.ones(num_items, bool)
 
     def init(key):
         id_key, *keys = jax.random.split(key, len(columns) + 1)
@@ -86,18 +85,23 @@ def content_tower(
         return Shared(tables, dense)
 
     def fused(params, rows):
-        """Of the items ``rows`` says how to look up: ``table [num_items, ...] -> [..., ...]``."""
-        parts = {name: _projected(params.dense, name, rows(values)) for name, values in columns.items()}
+        """Of the items that ``rows`` looks up: ``table [num_items, ...] -> [..., ...]``."""
+        dense = params.dense
+        parts = {name: _projected(dense, name, rows(values)) for name, values in columns.items()}
         if ids:
             parts[_ID] = rows(params.tables["item"])
-        logits = [parts[name] @ params.dense[f"{name}.gate"] + params.dense[f"{name}.gate_bias"] for name in present]
-        there = jnp.stack([rows(mask) for mask in present.values()], axis=-1)
-        gates = jax.nn.softmax(jnp.where(there, jnp.stack(logits, axis=-1), -1e9), axis=-1)
-        return jnp.einsum("...m,...md->...d", jnp.where(there, gates, 0.0), jnp.stack(list(parts.values()), axis=-2))
+        logits = {name: part @ dense[f"{name}.gate"] + dense[f"{name}.gate_bias"] for name, part in parts.items()}
+        there = {name: rows(mask) for name, mask in present.items()}
+        whole = _gated(parts, logits, there)
+        if not ids or known is None:
+            return whole
+        # Chosen at the end: where every client hides other ids, only this is computed for each of them.
+        content = _gated(parts, logits, there | {_ID: jnp.zeros_like(there[_ID])})
+        return jnp.where(rows(known)[..., None], whole, content)
 
     return ItemTower(
         init=init,
-        take=lambda params, item_ids: fused(params, lambda table: _rows(table, item_ids)),
+        take=lambda params, item_ids: fused(params, lambda table: jnp.take(table, item_ids, axis=0, mode="clip")),
         all=lambda params: fused(params, lambda table: table),
         num_items=num_items,
         dim=dim,
@@ -193,10 +197,13 @@ def _unit_rows(name: str, modality: Modality, num_items: int) -> jax.Array:
     return jnp.asarray(values / np.maximum(np.linalg.norm(values, axis=1, keepdims=True), 1e-12))
 
 
+def _gated(parts: dict, logits: dict, there: dict) -> jax.Array:
+    """The sum of parts ``[..., dim]`` by gates over those that are there; 0 where nothing is."""
+    masks = jnp.stack([there[name] for name in parts], axis=-1)
+    gates = jax.nn.softmax(jnp.where(masks, jnp.stack(list(logits.values()), axis=-1), -1e9), axis=-1)
+    return jnp.einsum("...m,...md->...d", jnp.where(masks, gates, 0.0), jnp.stack(list(parts.values()), axis=-2))
+
+
 def _projected(dense: dict, name: str, values: jax.Array) -> jax.Array:
     out = values @ dense[f"{name}.kernel"]
     return out + jnp.broadcast_to(dense[f"{name}.bias"], out.shape)
-
-
-def _rows(table: jax.Array, item_ids: jax.Array) -> jax.Array:
-    return take_rows(table, item_ids) if table.ndim == 2 else table.at[item_ids].get(mode="clip")
