@@ -31,6 +31,7 @@ from fedjax_rec.data.clients import Client
 from fedjax_rec.data.interactions import Interactions
 from fedjax_rec.federated.algorithm import Algorithm
 from fedjax_rec.federated.rows import is_rows
+from fedjax_rec.models.base import Shared
 
 Axes = Callable[[str, tuple[int, ...]], Sequence[str | None]]
 """``(leaf name, shape) -> one of "width", "rank", None for each axis``: which axes a tier cuts, and by what.
@@ -168,7 +169,8 @@ def with_tiers(
 
     A client receives, trains and sends the part that its tier holds, and trains on its last items; its private
     parameters are cut alike. The metric "outside_tier" is the largest number of an update outside the tier before it
-    is cut: 0 unless ``axes`` forget an axis, so that training would need what the device does not hold.
+    is cut: 0 unless ``axes`` forget an axis, so that training would need what the device does not hold. Tiers that cut
+    nothing give ``algorithm`` back.
 
     Guarantee: that of the chain and the sampler, unchanged. What a client sends is a function of the server's state,
     of its own data and of its public tier, and the clip comes after. The server divides by a constant that tiers and
@@ -195,15 +197,18 @@ def with_tiers(
     if weights.shape != (len(tiers),) or not np.all(weights >= 0) or not weights.any():
         raise ValueError(f"take_part must be a chance for each of the {len(tiers)} tiers, not all 0; got {take_part}.")
     shared = jax.eval_shape(algorithm.init, jax.random.key(0)).shared
+    _check_like(shared, shared)
     private = {"private": jax.eval_shape(algorithm.init_private, jax.random.key(0))}
     shared_masks, private_masks = (_stacked([held(x, tier, axes) for tier in tiers]) for x in (shared, private))
     per_holder = jax.tree.map(lambda masks: _per_holder(masks, weights), shared_masks)
+    unlimited = all(tier.history is None for tier in tiers)
+    if unlimited and all(mask.all() for mask in jax.tree.leaves((shared_masks, private_masks))):
+        return algorithm
     histories = jnp.array([_NO_LIMIT if tier.history is None else tier.history for tier in tiers], jnp.int32)
     on_device = jnp.asarray(tier_of)
 
     def tier_and_data(client):
         tier = on_device.at[client.client_id].get(mode="clip")
-        unlimited = all(limit.history is None for limit in tiers)
         return tier, client if unlimited else shortened(client, histories[tier])
 
     def client_update(shared, private, client, num_steps, key):
@@ -274,9 +279,9 @@ def _outside(update: Any, masks: Any, tier: jax.Array) -> dict[str, jax.Array]:
 
 
 def _check_like(update: Any, shared: Any) -> None:
-    """Refuses an update whose numbers are not those of the shared parameters, one by one."""
+    """Refuses an update whose numbers are not those of a model's shared parameters, one by one."""
     one = jax.tree.map(lambda leaf: 0, update, is_leaf=is_rows)
-    if jax.tree.structure(one) != jax.tree.structure(shared):
+    if not isinstance(shared, Shared) or jax.tree.structure(one) != jax.tree.structure(shared):
         raise ValueError(
             "Tiers cut updates that are like the shared parameters, and this method sends other numbers (statistics, "
             "control variates). Use fedavg, fedprox or fedsequence; with_staleness goes around with_tiers."
