@@ -77,7 +77,7 @@ def fedsequence(
 
     return Algorithm(
         init=init,
-        init_private=lambda key: {"query": jnp.zeros(_query_size(model))},
+        init_private=lambda key: {"query": jnp.zeros(query_size(model))},
         client_update=client_update,
         num_steps=lambda client: jnp.int32(1),
         server_update=server_update,
@@ -97,5 +97,6 @@ def fedsequence_score(model: SequenceModel):
     return lambda shared, private: jnp.matmul(model.catalogue(shared), private["query"], precision="highest")
 
 
-def _query_size(model: SequenceModel) -> int:
+def query_size(model: SequenceModel) -> int:
+    """Length of a query of the model."""
     return jax.eval_shape(model.catalogue, jax.eval_shape(model.init, jax.random.key(0))).shape[1]

@@ -27,6 +27,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from fedjax_rec.algorithms.fedsequence import query_size
 from fedjax_rec.federated.algorithm import Algorithm, ClientOutput, ServerState
 from fedjax_rec.federated.rows import Rows, find_rows
 from fedjax_rec.models.base import Shared
@@ -69,8 +70,8 @@ def server_encoder(
     """Federated training of a user tower, and of an item encoder behind the sum.
 
     Shared: table "item" ``[slate, dim]``, the current vectors, and the tower in ``dense``; `EncoderState` is the
-    ``opt_state``. Private: "query" ``[dim]``, what the client's history asks for under the vectors that it received
-    last, which training never reads.
+    ``opt_state``. Private: "query", what the client's history asks for under the vectors that it received
+    last, which training never reads; `fedsequence_score` ranks the slate with it.
 
     With ``backward=False`` clients send the tower's gradient alone, which then has the whole clip norm; the release and
     its event are the same.
@@ -140,16 +141,11 @@ def server_encoder(
 
     return Algorithm(
         init=init,
-        init_private=lambda key: {"query": jnp.zeros(_dim(model))},
+        init_private=lambda key: {"query": jnp.zeros(query_size(model))},
         client_update=client_update,
         num_steps=lambda client: jnp.int32(1),
         server_update=server_update,
     )
-
-
-def server_encoder_score(shared: Shared, private) -> jax.Array:
-    """Scores of one client for the slate, float32 ``[slate]``, for `client_scorer`."""
-    return jnp.matmul(shared.tables["item"], private["query"], precision="highest")
 
 
 def encode_items(encode: Encode, theta: Any, content: Any, *, batch_size: int = 64) -> jax.Array:

@@ -15,6 +15,7 @@ vectors, which already ranks if the vectors mean something; no dropout.
 import jax
 import jax.numpy as jnp
 
+from fedjax_rec.federated.rows import take_rows
 from fedjax_rec.models.base import Shared
 from fedjax_rec.models.items import ItemTower
 from fedjax_rec.models.sequence import SequenceModel, last_items
@@ -28,11 +29,15 @@ def nrms(
     pool_size: int = 32,
     num_negatives: int | None = 4,
     num_targets: int = 1,
+    item_bias: jax.Array | None = None,
 ) -> SequenceModel:
     """A news recommender of one history.
 
     The loss of a history is of one place in it, drawn uniformly: the items before are shown, and each of the next
     ``num_targets`` is the positive of a softmax. For recorded impressions, see `impression_loss`.
+
+    With an ``item_bias`` every score has a fixed, public part, such as the logarithm of released counts: catalogue and
+    query then have one column more, of the bias and of 1.
 
     Args:
       items: vectors of news.
@@ -41,6 +46,7 @@ def nrms(
       pool_size: width of the pooling attention.
       num_negatives: K of the loss, drawn uniformly from the catalogue; None = a softmax over all of it.
       num_targets: positives that follow the drawn place.
+      item_bias: float32 ``[num_items]``.
 
     Raises:
       ValueError: for sizes below 1, or heads that do not divide the vectors.
@@ -53,6 +59,7 @@ def nrms(
     if items.dim % num_heads:
         raise ValueError(f"num_heads must divide the vectors' length {items.dim}; got {num_heads}.")
     num_items = items.num_items
+    bias = None if item_bias is None else jnp.asarray(item_bias, jnp.float32)[:, None]
 
     def init(key):
         item_key, tower_key = jax.random.split(key)
@@ -70,7 +77,16 @@ def nrms(
         clicked = items.take(vectors_of(params), history)
         if presence is not None:
             clicked = clicked * presence[:, None]
-        return user_vector(params.dense["tower"], clicked, history < num_items, num_heads=num_heads)
+        user = user_vector(params.dense["tower"], clicked, history < num_items, num_heads=num_heads)
+        return user if bias is None else jnp.append(user, 1.0)
+
+    def catalogue(params):
+        vectors = items.all(vectors_of(params))
+        return vectors if bias is None else jnp.concatenate([vectors, bias], axis=1)
+
+    def some(params, ids):
+        vectors = items.take(vectors_of(params), ids)
+        return vectors if bias is None else jnp.concatenate([vectors, take_rows(bias, ids)], axis=-1)
 
     def loss(params, history, key):
         place_key, negative_key = jax.random.split(key)
@@ -80,14 +96,14 @@ def nrms(
         ahead = place + jnp.arange(num_targets)
         targets = history.at[ahead].get(mode="fill", fill_value=num_items)
         if num_negatives is None:
-            scores = items.all(vectors_of(params)) @ asked
+            scores = catalogue(params) @ asked
             own = scores.at[targets].get(mode="clip")
             losses = jax.nn.logsumexp(scores) - own
         else:
             drawn = jax.random.randint(negative_key, (num_targets, num_negatives), 0, num_items)
             candidates = jnp.concatenate([targets[:, None], drawn], axis=1)
             repeats = jnp.concatenate([jnp.zeros((num_targets, 1), bool), drawn == targets[:, None]], axis=1)
-            scores = items.take(vectors_of(params), candidates) @ asked
+            scores = some(params, candidates) @ asked
             losses = -jax.nn.log_softmax(jnp.where(repeats, -jnp.inf, scores), axis=1)[:, 0]
         real = (targets < num_items) & (length > 1)
         return jnp.where(real, losses, 0.0).sum() / jnp.maximum(real.sum(), 1)
@@ -96,7 +112,7 @@ def nrms(
         init=init,
         loss=loss,
         query=query,
-        catalogue=lambda params: items.all(vectors_of(params)),
+        catalogue=catalogue,
         num_items=num_items,
         max_length=max_length,
     )
