@@ -1,0 +1,1 @@
+"""Distillation: what a large recommender has learned, taught to one that a device can hold."""
