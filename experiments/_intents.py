@@ -40,7 +40,7 @@ from fedjax_rec.text.head import linear_head
 from fedjax_rec.text.random_encoder import random_encoder
 
 # Chosen on the labels of the public queries, which belong to no client, and before the test queries were classified.
-HEAD_ROUNDS, HEAD_TEMPERATURE, HEAD_STEP = 5, 20.0, 0.3
+HEAD_ROUNDS, HEAD_TEMPERATURE, HEAD_STEP, HEAD_STEPS = 5, 20.0, 0.45, {1.0: 0.2, 2.0: 0.3}
 TEACHERS, TEACHER_QUERIES, AGREE, CHECK_SHARE = 600, 1000, 0.6, 0.2
 SHARPNESS, PASSES = 20.0, 3  # of the labels that public queries are given
 
@@ -216,9 +216,10 @@ def head_from_names(world, clients, epsilon, delta, key) -> Fitted:
     """Softmax regression from the names on, a few rounds of everybody."""
     num_clients, num_slots, _ = clients.vectors.shape
     num_classes = len(world.intents)
-    # Times the expected share of a class among a client's rows, so that HEAD_STEP is per row of the class; and a client
+    # Times the expected share of a class among a client's rows, so that a step is per row of the class; and a client
     # sends the sum of x (onehot - softmax) over its rows, at most sqrt(2 rows) long and mostly below the clip.
-    lr, client_lr = HEAD_STEP * num_classes / world.per_client, world.per_client / HEAD_TEMPERATURE
+    lr = HEAD_STEPS.get(epsilon, HEAD_STEP) * num_classes / world.per_client
+    client_lr = world.per_client / HEAD_TEMPERATURE
     rounds = make_rounds(
         linear_head(
             world.names,
