@@ -43,20 +43,10 @@ def run(config: EvaluateConfig) -> int:
 
     from fedjax_rec.evaluation import cases, evaluate, expect_sampled
     from fedjax_rec.reporting import Table, to_rich
-    from fedjax_rec.runs import config as configs
     from fedjax_rec.runs import directory
-    from fedjax_rec.runs.experiment import prepare
-    from fedjax_rec.runs.results import rating_metrics, without_privacy
-    from fedjax_rec.runs.training import selects_best
+    from fedjax_rec.runs.results import rating_metrics
 
-    if not config.run.is_dir():
-        raise FileNotFoundError(f"There is no run directory {config.run}.")
-    saved = configs.load(config.run)
-    saved = dataclasses.replace(saved, data_dir=config.data_dir or saved.data_dir)
-    # No link of the chain keeps state, so a run without privacy has parameters of the same shapes.
-    experiment = prepare(dataclasses.replace(without_privacy(saved), devices=1))
-    best = selects_best(saved) if config.checkpoint == "auto" else config.checkpoint == "best"
-    found = _parameters(experiment, config.run / (directory.BEST if best else directory.LAST), devices=saved.devices)
+    experiment, found = load_trained(config.run, data_dir=config.data_dir, checkpoint=config.checkpoint)
     evaluation = evaluate(
         experiment.method.scorer(found.state.shared, found.private, config.part),
         cases(experiment.split, config.part),
@@ -82,6 +72,36 @@ def run(config: EvaluateConfig) -> int:
     table = Table(columns=("metric", "value"), rows=tuple(values.items()), caption=caption)
     Console().print(to_rich(table))
     return 0
+
+
+def load_trained(run: Path, *, data_dir: Path | None, checkpoint: str) -> "tuple[Experiment, Checkpoint]":
+    """What a run trained on, and what it learned, on one device.
+
+    Args:
+      run: run directory.
+      data_dir: folder of the data set, if it has moved since the run.
+      checkpoint: "best", "last", or "auto" for the one that the run itself tested.
+
+    Raises:
+      FileNotFoundError: if there is no such run, or it was stopped before its first checkpoint.
+      ValueError: if the data changed since the run.
+    """
+    from fedjax_rec.runs import config as configs
+    from fedjax_rec.runs import directory
+    from fedjax_rec.runs.experiment import prepare
+    from fedjax_rec.runs.results import without_privacy
+    from fedjax_rec.runs.training import selects_best
+
+    if not run.is_dir():
+        raise FileNotFoundError(f"There is no run directory {run}.")
+    saved = configs.load(run)
+    saved = dataclasses.replace(saved, data_dir=data_dir or saved.data_dir)
+    # No link of the chain keeps state, so a run without privacy has parameters of the same shapes.
+    experiment = prepare(dataclasses.replace(without_privacy(saved), devices=1))
+    best = selects_best(saved) if checkpoint == "auto" else checkpoint == "best"
+    return experiment, _parameters(
+        experiment, run / (directory.BEST if best else directory.LAST), devices=saved.devices
+    )
 
 
 def _parameters(experiment: "Experiment", folder: Path, *, devices: int) -> "Checkpoint":

@@ -1,4 +1,4 @@
-"""The command line: `fedjax-rec VERB`, train, evaluate, synthesize, anonymize, epsilon, budget, data, audit, secagg."""
+"""The command line: `fedjax-rec VERB`: train, evaluate, explain, synthesize, anonymize, epsilon, budget, data, ..."""
 
 import errno
 import logging
@@ -17,6 +17,7 @@ from fedjax_rec.cli.budget import BudgetConfig
 from fedjax_rec.cli.data import DataConfig
 from fedjax_rec.cli.epsilon import EpsilonConfig
 from fedjax_rec.cli.evaluate import EvaluateConfig
+from fedjax_rec.cli.explain import ExplainConfig
 from fedjax_rec.cli.secagg import SecAggDemoConfig
 from fedjax_rec.cli.synthesize import SynthesizeConfig
 from fedjax_rec.runs.config import TrainConfig
@@ -77,6 +78,7 @@ def _parse(args: list[str]):
     verbs = (
         Annotated[TrainConfig, tyro.conf.subcommand("train", default=default)]
         | Annotated[EvaluateConfig, tyro.conf.subcommand("evaluate")]
+        | Annotated[ExplainConfig, tyro.conf.subcommand("explain")]
         | Annotated[SynthesizeConfig, tyro.conf.subcommand("synthesize")]
         | Annotated[AnonymizeConfig, tyro.conf.subcommand("anonymize")]
         | Annotated[EpsilonConfig, tyro.conf.subcommand("epsilon")]
@@ -130,6 +132,8 @@ def _run(config) -> int:
         _set_up_jax(config)
         if isinstance(config, EvaluateConfig):
             from fedjax_rec.cli.evaluate import run
+        elif isinstance(config, ExplainConfig):
+            from fedjax_rec.cli.explain import run
         elif isinstance(config, SynthesizeConfig):
             from fedjax_rec.cli.synthesize import run
         elif isinstance(config, AnonymizeConfig):

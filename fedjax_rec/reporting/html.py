@@ -80,6 +80,7 @@ def render(run: RunFiles) -> str:
         "training": [panel_view(panel) for panel in training_panels(run, statement=statement)],
         "people": [panel_view(user_panel(run.result)), panel_view(item_panel(run.result))],
         "groups": [bars(table) for table in groups if table.rows],
+        "explanations": [(name, name.removeprefix("explain_").removesuffix(".html")) for name in run.explanations],
         "cost": [table_view(table) for table in cost],
         "ledger": table_view(ledger_table(run.ledger)) if entries(run.ledger) else None,
         "privacy": privacy_view(run, privacy),

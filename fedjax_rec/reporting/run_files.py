@@ -25,6 +25,7 @@ class RunFiles:
       problems: one sentence for every file that is missing or unreadable.
       audit: audit.json, or {} if the run was not audited.
       membership: membership.json, or {} if the run was not attacked.
+      explanations: names of the pages that explain what single users are recommended.
     """
 
     folder: Path
@@ -35,6 +36,7 @@ class RunFiles:
     problems: tuple[str, ...]
     audit: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     membership: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    explanations: tuple[str, ...] = ()
 
 
 def read_run(run_dir: str | Path) -> RunFiles:
@@ -70,6 +72,7 @@ def read_run(run_dir: str | Path) -> RunFiles:
         ledger={"entries": ledger} if isinstance(ledger, list) else mapping(ledger),
         result=mapping(result),
         problems=tuple(problems),
+        explanations=tuple(sorted(path.name for path in folder.glob("explain_*.html"))),
     )
 
 
