@@ -247,13 +247,7 @@ def votes_of_teachers(world, clients, epsilon, delta, key) -> Fitted:
     num_teachers = min(TEACHERS, world.num_clients)
     num_queries = min(TEACHER_QUERIES, len(world.public.labels))
     queries = world.public.vectors[np.random.default_rng(0).permutation(len(world.public.labels))[:num_queries]]
-    vectors, labels = np.asarray(clients.vectors), np.asarray(clients.labels)
-    predictions = []
-    for teacher in range(num_teachers):
-        own = slice(teacher, None, num_teachers)
-        means = _plain_means(world.names, vectors[own].reshape(-1, vectors.shape[-1]), labels[own].reshape(-1))
-        predictions.append(cosine_scores(queries, means).argmax(1))
-    votes = vote_counts(np.stack(predictions), len(world.intents))
+    votes = teacher_votes(world, clients, queries, num_teachers=num_teachers)
     ledger, noise = Ledger(), (0.0, 0.0)
     if not math.isinf(epsilon):
         multiplier = noise_multiplier(epsilon, delta)
@@ -265,6 +259,17 @@ def votes_of_teachers(world, clients, epsilon, delta, key) -> Fitted:
     known = answers.answered
     classes = _plain_means(world.names, queries[known], answers.labels[known])
     return Fitted(classes, ledger, {"answered": float(known.mean())})
+
+
+def teacher_votes(world: World, clients: LabelledVectors, queries: np.ndarray, *, num_teachers: int) -> np.ndarray:
+    """Votes int64 ``[queries, classes]`` of teachers; client u is the data of teacher u modulo their number alone."""
+    vectors, labels = np.asarray(clients.vectors), np.asarray(clients.labels)
+    predictions = []
+    for teacher in range(num_teachers):
+        own, real = slice(teacher, None, num_teachers), labels[teacher::num_teachers] >= 0
+        means = _plain_means(world.names, vectors[own][real], labels[own][real])
+        predictions.append(cosine_scores(queries, means).argmax(1))
+    return vote_counts(np.stack(predictions), len(world.intents))
 
 
 def _plain_means(names: np.ndarray, vectors: np.ndarray, labels: np.ndarray) -> np.ndarray:

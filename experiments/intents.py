@@ -3,7 +3,7 @@
     export FEDJAX_REC_TEXT_ENCODER=~/all-MiniLM-L6-v2
     python -m experiments intents --data-dir ~/data
 
-About five minutes of one CPU core, of which two embed the sentences, once. Each run is kept as a line of
+About ten minutes of one CPU core, of which three embed the sentences, once. Each run is kept as a line of
 results/intents.jsonl, and a second call runs only what is missing; results/intents.md and .svg are made of the lines.
 
 CLINC150 (Larson et al., 2019, "An Evaluation Dataset for Intent Classification and Out-of-Scope Prediction"): 150
@@ -54,8 +54,9 @@ weight is a formula of noise, counts and one assumption (sentences of one intent
 query was seen (`models/class_sums.py`).
 - "The same and public queries" then moves the means by 3,000 public queries that they label themselves.
 - "Linear head from names" starts at the names and takes five rounds of everybody.
-- "Teachers' votes" is PATE with confident GNMax: groups of clients vote on public queries. With 150 classes and 600 \
-clients, every answer is paid for, where the sums are paid for once.
+- "Teachers' votes" is PATE with confident GNMax: every client is a teacher, with the names and its ten queries, and \
+all vote on 1,000 public queries. Teachers of more clients know more, but are too few against the noise that 1,000 \
+answers take; so this is hardly more than what the names say of public queries, at any epsilon.
 - "Class sums alone" has no names: what they are worth is the difference.
 
 A query is rejected if its largest cosine is below what a tenth of the public queries in scope stay below. "Rejected" \
