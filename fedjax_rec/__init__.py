@@ -11,6 +11,7 @@ from fedjax_rec.data import (
     leave_one_out,
     load,
     ratio_split,
+    shown_at_test,
     strong_generalization,
     write_interactions,
 )
@@ -26,6 +27,7 @@ from fedjax_rec.algorithms.dpals import dpals, dpals_score
 from fedjax_rec.algorithms.fcf import fcf, fcf_score
 from fedjax_rec.algorithms.fedavg import fedavg, fedsgd
 from fedjax_rec.algorithms.fedgan import fedgan
+from fedjax_rec.algorithms.fedkd import fedkd, fedkd_score
 from fedjax_rec.algorithms.fedmf import fedmf
 from fedjax_rec.algorithms.fedncf import fedncf
 from fedjax_rec.algorithms.fednova import fednova
@@ -33,6 +35,7 @@ from fedjax_rec.algorithms.fedprox import fedprox
 from fedjax_rec.algorithms.fedrap import additive_scorer, fedrap
 from fedjax_rec.algorithms.fedrec import fedrec
 from fedjax_rec.algorithms.fedrecon import fedrecon, reconstruct
+from fedjax_rec.algorithms.fedsequence import fedsequence, fedsequence_score
 from fedjax_rec.algorithms.fedvae import fedvae, fedvae_score
 from fedjax_rec.algorithms.gpfedrec import gpfedrec, private_tower
 from fedjax_rec.algorithms.item_counts import item_counts, item_counts_score
@@ -40,6 +43,7 @@ from fedjax_rec.algorithms.local_only import local_only, local_score
 from fedjax_rec.algorithms.pfedrec import personal_scorer, pfedrec
 from fedjax_rec.algorithms.prediction_exchange import prediction_exchange
 from fedjax_rec.algorithms.scaffold import scaffold
+from fedjax_rec.algorithms.server_encoder import server_encoder
 from fedjax_rec.algorithms.silo_dpsgd import silo_dpsgd
 
 # isort: split
@@ -55,6 +59,35 @@ from fedjax_rec.models.mult_vae import mult_vae, mult_vae_scorer
 from fedjax_rec.models.neural_cf import gmf, mlp, neumf
 from fedjax_rec.models.rec_vae import rec_vae, rec_vae_scorer
 from fedjax_rec.models.vae_training import train_mult_vae
+
+# isort: split
+# Large recommenders: what comes next, item sides of ids and content, adapters, text, clicks.
+from fedjax_rec.models.bert4rec import bert4rec
+from fedjax_rec.models.class_sums import class_means, dp_class_sums
+from fedjax_rec.models.clicks import client_clicks
+from fedjax_rec.models.content import Modality, content_tower, load_vectors
+from fedjax_rec.models.cross_network import dcn_v2
+from fedjax_rec.models.deep_fm import deep_fm
+from fedjax_rec.models.history_factors import history_factors
+from fedjax_rec.models.hstu import hstu
+from fedjax_rec.models.items import ItemTower, id_table
+from fedjax_rec.models.lora import init_lora, with_lora
+from fedjax_rec.models.news import nrms
+from fedjax_rec.models.sasrec import sasrec
+from fedjax_rec.models.sequence import SequenceModel, sequence_scorer
+from fedjax_rec.models.sequence_losses import binary_cross_entropy, full_cross_entropy, gbce, sampled_softmax
+from fedjax_rec.models.sequence_training import train_sequence
+from fedjax_rec.text.encoder import TextEncoder, embed_texts, find_encoder, load_encoder
+from fedjax_rec.text.head import linear_head
+
+# isort: split
+# Devices: tiers of one model, rounds that do not wait; from a teacher to a student that a device can hold.
+from fedjax_rec.compression.post_training import dequantize, quantize_params
+from fedjax_rec.distillation.private import NoisyRounds, distill_private
+from fedjax_rec.distillation.student import distilled
+from fedjax_rec.distillation.teacher import ensemble, linear_teacher, sequence_teacher, vae_teacher
+from fedjax_rec.federated.asynchronous import stragglers, with_staleness
+from fedjax_rec.federated.tiers import Tier, with_tiers
 
 # isort: split
 # Rounds: cohort, chain of update transforms, compiled training.
@@ -91,6 +124,7 @@ from fedjax_rec.privacy import Budget, Ledger, calibrate_noise_multiplier, epsil
 from fedjax_rec.privacy.audit import audit_rounds
 from fedjax_rec.privacy.budget import Phase, Plan, solve
 from fedjax_rec.privacy.ledger import Entry
+from fedjax_rec.privacy.pate import confident_gnmax
 from fedjax_rec.privacy.renyi_filter import RenyiFilter
 from fedjax_rec.privacy.selection import select_privately
 
@@ -153,6 +187,13 @@ from fedjax_rec.anonymization.randomized_sets import randomize_sets
 from fedjax_rec.anonymization.replacement import replace_items
 from fedjax_rec.anonymization.risk import risk_report
 from fedjax_rec.anonymization.tables import anonymize_table, anonymize_users, k_anonymity, l_diversity, t_closeness
+
+# isort: split
+# Why this item: what each item of a history contributes.
+from fedjax_rec.interpretation.deletion import deletion_area, deletion_curve
+from fedjax_rec.interpretation.gradients import integrated_gradients
+from fedjax_rec.interpretation.removal import removals
+from fedjax_rec.interpretation.shapley import exact_shapley, sampled_shapley
 
 # isort: split
 # Evaluation.
