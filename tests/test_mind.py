@@ -79,6 +79,9 @@ def test_histories_as_interactions(tmp_path):
     assert histories.items_of(0).tolist() == [2, 0, 1]
     assert histories.counts_per_user.tolist() == [3, 0]
     assert histories.item_titles[2] == 'A "title'
+    clicks = read_mind(write(tmp_path / "dev")).clicks
+    assert clicks.items_of(0).tolist() == [2]
+    assert clicks.items_of(1).tolist() == [0, 2, 1]
 
 
 def test_clients_hold_histories_and_impressions(tmp_path):

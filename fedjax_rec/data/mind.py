@@ -9,6 +9,7 @@ A user has one history here, the longest of its impressions': in the published p
 """
 
 import dataclasses
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -91,14 +92,27 @@ class Mind:
 
     @property
     def histories(self) -> Interactions:
-        """The histories as rows in their order, a news that a user clicked again at its first place only."""
-        kept = [np.sort(np.unique(self.history_of(u), return_index=True)[1]) for u in range(self.num_users)]
-        rows = np.concatenate([start + place for start, place in zip(self.history_offsets, kept, strict=False)] or [[]])
+        """The histories as rows in their order; a news that a user clicked again counts at its first place only."""
+        return self._rows([self.history_of(user) for user in range(self.num_users)])
+
+    @property
+    def clicks(self) -> Interactions:
+        """As `histories`, with what users clicked in the impressions of this part behind them."""
+        owner = np.repeat(self.impression_users, np.diff(self.shown_offsets))[self.clicked]
+        order = np.argsort(owner, kind="stable")
+        clicked = self.shown_news[self.clicked][order]
+        starts = np.searchsorted(owner[order], np.arange(self.num_users + 1))
+        own = [clicked[a:b] for a, b in itertools.pairwise(starts)]
+        return self._rows([np.concatenate([self.history_of(user), own[user]]) for user in range(self.num_users)])
+
+    def _rows(self, lists: Sequence[np.ndarray]) -> Interactions:
+        kept = [items[np.sort(np.unique(items, return_index=True)[1])] for items in lists]
+        offsets, item_ids = _ragged(kept, np.int32)
         return Interactions(
             name=self.name,
-            offsets=np.cumsum([0, *map(len, kept)]).astype(np.int64),
-            item_ids=self.history_news[rows.astype(np.int64)],
-            file_rows=rows.astype(np.int64),
+            offsets=offsets,
+            item_ids=item_ids,
+            file_rows=np.arange(len(item_ids)),
             num_items=self.num_news,
             timestamps=None,
             ratings=None,
