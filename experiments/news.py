@@ -137,27 +137,32 @@ class Noise(NamedTuple):
 
 
 @cache
-def noise_of(epsilon: float, num_users: int, popularity_alone: bool, with_popularity: bool = True) -> Noise:
-    """Counts take a ninth of the noise variance budget; all releases together meet epsilon."""
+def noise_of(epsilon: float, num_users: int, names: tuple[str, ...]) -> Noise:
+    """For the releases of these names, which together meet epsilon.
+
+    Counts have a ninth of what training has of the sum of 1 / z^2, which is what Gaussians compose by.
+    """
     if math.isinf(epsilon):
         return Noise(0.0, 0.0)
-    training = Phase("training", rounds=ROUNDS, weight=math.sqrt(ROUNDS))
-    counts = Phase("popularity", weight=1.0 if popularity_alone else 3.0)
-    phases = (counts,) if popularity_alone else (counts, training) if with_popularity else (training,)
-    solved = solve(Plan(phases=phases, epsilon=epsilon, delta=usual_delta(num_users), num_users=num_users))
+    phases = {
+        "popularity": Phase("popularity", weight=3.0),
+        "training": Phase("training", rounds=ROUNDS, weight=math.sqrt(ROUNDS)),
+    }
+    chosen = tuple(phases[name] for name in names)
+    solved = solve(Plan(phases=chosen, epsilon=epsilon, delta=usual_delta(num_users), num_users=num_users))
     found = {name: phase.last_noise_multiplier for name, phase in solved.phases.items()}
     return Noise(found.get("popularity", 0.0), found.get("training", 0.0))
 
 
-def released_counts(clicks: Interactions, z: float, key) -> tuple[np.ndarray, Ledger]:
+def released_counts(clicks: Interactions, z: float, seed: int) -> tuple[np.ndarray, Ledger]:
     """Counts of the items by users, row-normalised, with what they cost."""
-    counts = dp_popularity(clicks, noise_multiplier=z, key=key)
+    counts = dp_popularity(clicks, noise_multiplier=z, key=jax.random.fold_in(jax.random.key(seed), 1))
     ledger = Ledger().record(counts.dp_event, phase="popularity", released="noised item counts") if z else Ledger()
     return np.asarray(counts.counts), ledger
 
 
-def train(model, loss, items: Items, clients: ClientData, setting: Setting, z: float, ledger: Ledger, key):
-    """(shared parameters, ledger, seconds) after all rounds."""
+def trainer(model, loss, items: Items, clients: ClientData, setting: Setting, z: float, ledger: Ledger):
+    """``key -> (shared parameters, seconds)`` after all rounds, compiled once for all seeds, and the ledger."""
     algorithm = server_encoder(
         model,
         items.encode,
@@ -171,12 +176,13 @@ def train(model, loss, items: Items, clients: ClientData, setting: Setting, z: f
     clip = clip_by_global_norm(setting.clip)
     links = chain(clip, gaussian_noise(z * setting.clip)) if z else chain(clip)
     rounds = make_rounds(algorithm, links, full_participation(clients.num_clients), clients, span_size=ROUNDS)
-    start, (init_key, *keys) = time.perf_counter(), jax.random.split(key, 4)
-    state, _, _ = rounds.run(*rounds.init(init_key), RoundKeys(*keys), ROUNDS)
-    shared = jax.block_until_ready(state.shared)
-    if z:
-        ledger = rounds.charge(ledger, first_round=0, num_rounds=ROUNDS)
-    return shared, ledger, time.perf_counter() - start
+
+    def train(key) -> tuple[Shared, float]:
+        start, (init_key, *keys) = time.perf_counter(), jax.random.split(key, 4)
+        state, _, _ = rounds.run(*rounds.init(init_key), RoundKeys(*keys), ROUNDS)
+        return jax.block_until_ready(state.shared), time.perf_counter() - start
+
+    return train, rounds.charge(ledger, first_round=0, num_rounds=ROUNDS) if z else ledger
 
 
 @cache
@@ -190,30 +196,40 @@ def news_world(folder: Path | None, smoke: bool) -> tuple[Mind, Mind, str]:
         return *news_world.__wrapped__(Path(made), smoke)[:2], "made up"
 
 
-def run_news(row: str, epsilon: float, key, folder: Path | None, smoke: bool) -> dict[str, Any]:
-    """Trains on impressions of train, and ranks those of dev."""
+def news_runs(row: str, epsilon: float, folder: Path | None, smoke: bool) -> Callable[[int], dict[str, Any]]:
+    """``seed -> values``: trains on impressions of train, and ranks those of dev."""
     train_part, dev, data = news_world(folder, smoke)
-    num_users = train_part.num_users
-    count_key, key = jax.random.split(key)
+    num_users, texts = train_part.num_users, train_part.titles.tolist()
+
+    def judged(scores, ledger) -> dict[str, Any]:
+        found = impression_metrics(scores, dev.clicked, dev.shown_offsets)
+        return found.values | guarantee(ledger, num_users) | {"data": data, "left_out": found.num_left_out}
+
     if row == "popularity":
-        z = noise_of(epsilon, num_users, popularity_alone=True).popularity
-        counts, ledger = released_counts(train_part.clicks, z, count_key)
-        scores, more = counts[dev.shown_news], {}
-    else:
-        encoder = text_encoder(train_part.titles.tolist(), smoke)
-        items = items_of(row, train_part.titles.tolist(), encoder, smoke)
-        model = nrms(id_table(train_part.num_news, dim=DIM), max_length=30, num_heads=2)
-        z = noise_of(epsilon, num_users, popularity_alone=False, with_popularity=False).training
-        setting, clients = SETTINGS[row][epsilon < math.inf], mind_clients(train_part, num_buckets=2)
-        shared, ledger, seconds = train(model, impression_loss(model), items, clients, setting, z, Ledger(), key)
-        histories = padded_histories(dev.histories, np.arange(dev.num_users), 30)
-        asked = np.asarray(jax.jit(jax.vmap(lambda h: model.query(shared, h, None)))(histories))
-        vectors = np.asarray(shared.tables["item"])
-        users = np.repeat(dev.impression_users, np.diff(dev.shown_offsets))
+        z = noise_of(epsilon, num_users, ("popularity",)).popularity
+
+        def count(seed: int):
+            counts, ledger = released_counts(train_part.clicks, z, seed)
+            return judged(counts[dev.shown_news], ledger)
+
+        return count
+
+    encoder = text_encoder(texts, smoke)
+    items, clients = items_of(row, texts, encoder, smoke), mind_clients(train_part, num_buckets=2)
+    model = nrms(id_table(train_part.num_news, dim=DIM), max_length=30, num_heads=2)
+    z, setting = noise_of(epsilon, num_users, ("training",)).training, SETTINGS[row][epsilon < math.inf]
+    train, ledger = trainer(model, impression_loss(model), items, clients, setting, z, Ledger())
+    histories = padded_histories(dev.histories, np.arange(dev.num_users), model.max_length)
+    ask = jax.jit(jax.vmap(lambda shared, history: model.query(shared, history, None), in_axes=(None, 0)))
+    users = np.repeat(dev.impression_users, np.diff(dev.shown_offsets))
+
+    def run(seed: int):
+        shared, seconds = train(jax.random.key(seed))
+        asked, vectors = np.asarray(ask(shared, histories)), np.asarray(shared.tables["item"])
         scores = np.sum(asked[users] * vectors[dev.shown_news], axis=1)
-        more = {"seconds": round(seconds, 1)} | traffic(shared, items, encoder)
-    found = impression_metrics(scores, dev.clicked, dev.shown_offsets)
-    return found.values | more | guarantee(ledger, num_users) | {"data": data, "left_out": found.num_left_out}
+        return judged(scores, ledger) | {"seconds": round(seconds, 1)} | traffic(shared, items, encoder)
+
+    return run
 
 
 @cache
@@ -229,29 +245,47 @@ def films_world(data_dir: Path | None, smoke: bool):
     ]
 
 
-def run_films(row: str, epsilon: float, key, data_dir: Path | None, smoke: bool) -> dict[str, Any]:
-    """Trains on next films, and ranks the last one of each user among all."""
+def films_runs(row: str, epsilon: float, data_dir: Path | None, smoke: bool) -> Callable[[int], dict[str, Any]]:
+    """``seed -> values``: trains on next films, and ranks the last one of each user among all.
+
+    Counts are released once for all seeds of a model; seeds are of what is trained on top.
+    """
     split, texts = films_world(data_dir, smoke)
-    num_users, count_key, key = split.num_users, *jax.random.split(key)
-    noise = noise_of(epsilon, num_users, popularity_alone=row == "popularity")
-    counts, ledger = released_counts(split.train, noise.popularity, count_key)
+    num_users = split.train.num_users
+
+    def judged(scorer, ledger) -> dict[str, Any]:
+        found = guarantee(ledger, num_users) | {"split": split.fingerprint}
+        for part in ("validation", "test"):
+            values = evaluate(scorer, cases(split, part), ks=(10,)).values
+            found |= {f"{part} {name}": values[name] for name in RANK_METRICS}
+        return found
+
     if row == "popularity":
-        scorer, more = constant_scorer(jnp.asarray(counts)), {}
-    else:
-        least = max(0.5, noise.popularity)  # about the noise's standard deviation: below it counts say nothing
-        bias = np.log(np.maximum(counts, least))
-        encoder = text_encoder(texts, smoke)
-        items = items_of(row, texts, encoder, smoke)
-        table = id_table(len(texts), dim=DIM)
-        model = nrms(table, max_length=30, num_heads=2, num_negatives=None, num_targets=5, item_bias=bias)
-        setting, clients = SETTINGS[row][epsilon < math.inf], client_data(split, num_buckets=3)
-        shared, ledger, seconds = train(model, None, items, clients, setting, noise.training, ledger, key)
+        z = noise_of(epsilon, num_users, ("popularity",)).popularity
+
+        def count(seed: int):
+            counts, ledger = released_counts(split.train, z, seed)
+            return judged(constant_scorer(jnp.asarray(counts)), ledger)
+
+        return count
+
+    noise = noise_of(epsilon, num_users, ("popularity", "training"))
+    counts, ledger = released_counts(split.train, noise.popularity, 0)
+    # Below about the noise's standard deviation, counts say nothing.
+    bias = np.log(np.maximum(counts, max(0.5, noise.popularity)))
+    encoder = text_encoder(texts, smoke)
+    items, clients = items_of(row, texts, encoder, smoke), client_data(split, num_buckets=3)
+    table = id_table(len(texts), dim=DIM)
+    model = nrms(table, max_length=30, num_heads=2, num_negatives=None, num_targets=5, item_bias=bias)
+    setting = SETTINGS[row][epsilon < math.inf]
+    train, ledger = trainer(model, None, items, clients, setting, noise.training, ledger)
+
+    def run(seed: int):
+        shared, seconds = train(jax.random.key(seed))
         scorer = sequence_scorer(model, shared, split.train)
-        more = {"seconds": round(seconds, 1)} | traffic(shared, items, encoder)
-    for part in ("validation", "test"):
-        values = evaluate(scorer, cases(split, part), ks=(10,)).values
-        more |= {f"{part} {name}": values[name] for name in RANK_METRICS}
-    return more | guarantee(ledger, num_users) | {"split": split.fingerprint}
+        return judged(scorer, ledger) | {"seconds": round(seconds, 1)} | traffic(shared, items, encoder)
+
+    return run
 
 
 def traffic(shared: Shared, items: Items, encoder: TextEncoder) -> dict[str, int]:
@@ -266,7 +300,7 @@ def guarantee(ledger: Ledger, num_users: int) -> dict[str, float | None]:
     return {"epsilon spent": spent.epsilon if spent else None, "delta": usual_delta(num_users), "users": num_users}
 
 
-RUNS = {"news": run_news, "films": run_films}
+RUNS = {"news": news_runs, "films": films_runs}
 COLUMNS = {"news": METRICS, "films": tuple(f"{part} {m}" for part in ("validation", "test") for m in RANK_METRICS)}
 
 
@@ -372,14 +406,16 @@ def main(argv: list[str] | None = None) -> int:
     lines = [] if args.smoke else read_lines(NAME)
     done = [line["key"] for line in lines]
     folders = {"news": args.mind, "films": args.data_dir}
-    for seed in range(1 if args.smoke else args.seeds):
-        for part, row, epsilon in wanted:
-            key = {"part": part, "row": row, "epsilon": spelt(epsilon), "seed": seed}
-            key |= {"mind": True} if part == "news" and args.mind else {}
-            if key in done or args.only_page:
-                continue
-            values = RUNS[part](row, epsilon, jax.random.key(seed), folders[part], args.smoke)
-            lines.append({"key": key, "values": values, "stamp": stamp(seed=seed, data_fingerprint=None)})
+    for part, row, epsilon in wanted:
+        key = {"part": part, "row": row, "epsilon": spelt(epsilon)}
+        key |= {"mind": True} if part == "news" and args.mind else {}
+        missing = [seed for seed in range(1 if args.smoke else args.seeds) if key | {"seed": seed} not in done]
+        if not missing or args.only_page:
+            continue
+        run = RUNS[part](row, epsilon, folders[part], args.smoke)
+        for seed in missing:
+            values, key["seed"] = run(seed), seed
+            lines.append({"key": dict(key), "values": values, "stamp": stamp(seed=seed, data_fingerprint=None)})
             print(json.dumps({**key, **{name: round(values[name], 4) for name in COLUMNS[part]}}), flush=True)
             if not args.smoke:
                 keep_line(NAME, lines[-1])
