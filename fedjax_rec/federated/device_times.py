@@ -106,7 +106,8 @@ def simulate_arrivals(
     """FedBuff's clock: ``concurrency`` devices train at any time, and the server steps when ``buffer_size`` are done.
 
     Whenever an update comes in, a client drawn from those that are idle and have rested is called with the newest
-    parameters. Updates older than ``max_staleness`` steps are thrown away. Fast devices come more often.
+    parameters. Updates older than ``max_staleness`` steps are thrown away. Slow devices are busy for longer, and so
+    come less often.
 
     Nguyen et al., 2022, "Federated Learning with Buffered Asynchronous Aggregation" (AISTATS).
 
