@@ -30,8 +30,10 @@ TOKENIZER = WordPiece({piece: row for row, piece in enumerate(PIECES)})
 
 # From the tokenizer.json of all-MiniLM-L6-v2, by Hugging Face's own program.
 KNOWN = {
-    "Amélie (Fabuleux destin d'Amélie Poulain, Le) (2001)": [101, 25285, 1006, 6904, 8569, 2571, 5602, 4078, 7629, 1040]
-    + [1005, 25285, 13433, 7068, 2378, 1010, 3393, 1007, 1006, 2541, 1007, 102],
+    "Amélie (Fabuleux destin d'Amélie Poulain, Le) (2001)": [
+        *(101, 25285, 1006, 6904, 8569, 2571, 5602, 4078, 7629, 1040, 1005, 25285),
+        *(13433, 7068, 2378, 1010, 3393, 1007, 1006, 2541, 1007, 102),
+    ],
     "日本語 mixed漢字text": [101, 1864, 1876, 1950, 3816, 1904, 100, 3793, 102],
     "$9.99 @home ^_^ ~ `x`": [101, 1002, 1023, 1012, 5585, 1030, 2188, 1034, 1035, 1034, 1066, 1036, 1060, 1036, 102],
     "tab\tnew\nline\xa0nbsp\u200bzero\x00nul": [101, 21628, 2047, 2240, 1050, 5910, 2361, 6290, 2239, 5313, 102],
@@ -81,7 +83,7 @@ def test_words_fall_into_the_longest_pieces(text, expected):
 
 def test_a_long_text_keeps_its_beginning_and_its_end_mark_and_padding_is_masked():
     ids, mask = TOKENIZER.encode(["the play the play the", "the", ""], 4)
-    assert ids.dtype == np.int32 and mask.dtype == bool
+    assert (ids.dtype, mask.dtype) == (np.int32, bool)
     np.testing.assert_array_equal(ids, [[2, 10, 4, 3], [2, 10, 3, 0], [2, 3, 0, 0]])
     np.testing.assert_array_equal(mask, [[1, 1, 1, 1], [1, 1, 1, 0], [1, 1, 0, 0]])
 
