@@ -40,7 +40,7 @@ from fedjax_rec.privacy.mechanisms import user_level_dp
 from fedjax_rec.synthesis.plan import usual_delta
 
 DIM, ID_DROPOUT = 64, 0.5
-NUM_EPOCHS, BATCH_SIZE, LEARNING_RATE = 60, 64, 3e-3
+NUM_EPOCHS, PATIENCE, BATCH_SIZE, LEARNING_RATE = 60, 2, 64, 3e-3
 # Federated: full participation, one step a round; chosen on the validation items of MovieLens 100K, seed 0.
 ROUNDS, CLIP, SERVER_RATE, FEDERATED_DIM = 40, 0.1, 3e-3, 32
 DATA = {"100k": "ML-100K", "1m": "ML-1M"}
@@ -68,7 +68,13 @@ def fit(side: Side, found: World, train: Interactions, validate) -> tuple[Sequen
         return validate(sequence_scorer(serve, whole(params), train))
 
     epochs = NUM_EPOCHS if found.data.num_users > 100 else 2
-    settings = {"num_epochs": epochs, "batch_size": BATCH_SIZE, "learning_rate": side.rate, "num_buckets": 1}
+    settings = {
+        "num_epochs": epochs,
+        "batch_size": BATCH_SIZE,
+        "learning_rate": side.rate,
+        "num_buckets": 1,
+        "patience": PATIENCE,
+    }
     return serve, whole(train_sequence(model, own, seed=0, validate=quality, **settings))
 
 
