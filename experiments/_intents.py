@@ -8,7 +8,7 @@ import json
 import math
 import os
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -25,6 +25,7 @@ from fedjax_rec.models.class_sums import (
     NameSpace,
     class_means,
     cosine_scores,
+    denoised_counts,
     dp_class_sums,
     name_space,
     prior_weight,
@@ -177,10 +178,17 @@ def names_alone(world, clients, epsilon, delta, key) -> Fitted:
     return Fitted(world.names, Ledger(), {})
 
 
-def sums_and_names(world, clients, epsilon, delta, key) -> Fitted:
-    """Class sums with the names as a prior."""
+def sums_and_names(world, clients, epsilon, delta, key, *, factor: float = 1.0) -> Fitted:
+    """Class sums with the names as a prior, its weight times a factor."""
     released = _sums(world, clients, world.names, epsilon, delta, key)
-    return Fitted(class_means(released, world.names), released.ledger, {"counts": float(released.counts.sum())})
+    weight = factor * prior_weight(
+        denoised_counts(released),
+        noise_stddev=released.noise_stddev,
+        row_weight=released.row_weight,
+        dim=world.names.shape[1],
+    )
+    means = class_means(released, world.names, weight=weight)
+    return Fitted(means, released.ledger, {"counts": float(released.counts.sum())})
 
 
 def sums_alone(world, clients, epsilon, delta, key) -> Fitted:
@@ -286,6 +294,10 @@ METHODS: dict[str, Callable[..., Fitted]] = {
     "linear head from names": head_from_names,
     "teachers' votes": votes_of_teachers,
     "class sums alone": sums_alone,
+}
+VARIANTS: dict[str, Callable[..., Fitted]] = {
+    "the first, a quarter of the weight": partial(sums_and_names, factor=0.25),
+    "the first, four times the weight": partial(sums_and_names, factor=4.0),
 }
 
 
