@@ -154,9 +154,14 @@ def noise_of(epsilon: float, num_users: int, names: tuple[str, ...]) -> Noise:
     return Noise(found.get("popularity", 0.0), found.get("training", 0.0))
 
 
+def keys_of(seed: int) -> jax.Array:
+    """Two keys, of the counts' noise and of training."""
+    return jax.random.split(jax.random.key(seed))
+
+
 def released_counts(clicks: Interactions, z: float, seed: int) -> tuple[np.ndarray, Ledger]:
     """Counts of the items by users, row-normalised, with what they cost."""
-    counts = dp_popularity(clicks, noise_multiplier=z, key=jax.random.fold_in(jax.random.key(seed), 1))
+    counts = dp_popularity(clicks, noise_multiplier=z, key=keys_of(seed)[0])
     ledger = Ledger().record(counts.dp_event, phase="popularity", released="noised item counts") if z else Ledger()
     return np.asarray(counts.counts), ledger
 
@@ -224,7 +229,7 @@ def news_runs(row: str, epsilon: float, folder: Path | None, smoke: bool) -> Cal
     users = np.repeat(dev.impression_users, np.diff(dev.shown_offsets))
 
     def run(seed: int):
-        shared, seconds = train(jax.random.key(seed))
+        shared, seconds = train(keys_of(seed)[1])
         asked, vectors = np.asarray(ask(shared, histories)), np.asarray(shared.tables["item"])
         scores = np.sum(asked[users] * vectors[dev.shown_news], axis=1)
         return judged(scores, ledger) | {"seconds": round(seconds, 1)} | traffic(shared, items, encoder)
@@ -281,7 +286,7 @@ def films_runs(row: str, epsilon: float, data_dir: Path | None, smoke: bool) -> 
     train, ledger = trainer(model, None, items, clients, setting, noise.training, ledger)
 
     def run(seed: int):
-        shared, seconds = train(jax.random.key(seed))
+        shared, seconds = train(keys_of(seed)[1])
         scorer = sequence_scorer(model, shared, split.train)
         return judged(scorer, ledger) | {"seconds": round(seconds, 1)} | traffic(shared, items, encoder)
 
