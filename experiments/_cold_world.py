@@ -98,12 +98,16 @@ def hold_out_items(data: Interactions, *, seed: int) -> Unseen:
     return Unseen(split, folds, hashlib.sha256(said.encode()).hexdigest())
 
 
-def known_only(train: Interactions) -> tuple[Interactions, np.ndarray]:
-    """The same rows over a catalogue of the items that occur, and the ids of these: nobody trains against the others.
+def known_only(train: Interactions, known: np.ndarray) -> tuple[Interactions, np.ndarray]:
+    """The same rows over a catalogue of the known items alone, and the ids of these.
 
     A softmax over the whole catalogue would learn that what is like an unseen item is never chosen.
+
+    Args:
+      train: rows of known items only.
+      known: bool ``[num_items]``, no matter who has touched them: under privacy a catalogue must not tell.
     """
-    ids = np.flatnonzero(train.item_counts)
+    ids = np.flatnonzero(known)
     places = np.zeros(train.num_items, np.int32)
     places[ids] = np.arange(len(ids))
     columns = {

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 from fedjax_rec.models.base import Shared
 from fedjax_rec.models.items import ItemTower
+from fedjax_rec.models.sasrec import last_items_of
 from fedjax_rec.models.sequence import SequenceModel, last_items
 
 
@@ -48,10 +49,10 @@ def mean_user(items: ItemTower, *, max_length: int = 200, dropout: float = 0.5) 
         return jnp.where(asked, surprise, 0.0).sum() / jnp.maximum(asked.sum(), 1)
 
     def query(params, history, presence):
-        history = last_items(history, max_length, num_items)
-        weights = (history < num_items).astype(jnp.float32)
+        recent = last_items(history, max_length, num_items)
+        weights = (recent < num_items).astype(jnp.float32)
         if presence is not None:
-            weights = weights * presence[: len(history)]
-        return query_of(params, catalogue(params), history, weights)
+            weights = weights * last_items_of(presence, history, max_length, num_items)
+        return query_of(params, catalogue(params), recent, weights)
 
     return SequenceModel(init, loss, query, catalogue, num_items, max_length)

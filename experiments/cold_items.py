@@ -9,7 +9,7 @@ minutes, SASRec rows a quarter of an hour, on one CPU core.
 import dataclasses
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -57,15 +57,21 @@ class Side(NamedTuple):
     rate: float = LEARNING_RATE
 
 
-def fit(side: Side, found: World, train: Interactions, validate) -> tuple[SequenceModel, Shared]:
-    """The recommender of the whole catalogue, trained on the items that occur in train.
+class Task(NamedTuple):
+    """Rows to train on, bool ``[num_items]`` of known items, ``scorer -> quality`` on validation rows, and a seed."""
 
-    ``validate``: scorer -> quality, higher is better.
-    """
-    serve, model, own, whole = _models(side, found, train)
+    train: Interactions
+    known: np.ndarray
+    validate: Callable[[Scorer], float]
+    seed: int
+
+
+def fit(side: Side, found: World, task: Task) -> tuple[SequenceModel, Shared]:
+    """The recommender of the whole catalogue, trained on the known items."""
+    serve, model, own, whole = _models(side, found, task)
 
     def quality(params):
-        return validate(sequence_scorer(serve, whole(params), train))
+        return task.validate(sequence_scorer(serve, whole(params), task.train))
 
     epochs = NUM_EPOCHS if found.data.num_users > 100 else 2
     settings = {
@@ -75,15 +81,16 @@ def fit(side: Side, found: World, train: Interactions, validate) -> tuple[Sequen
         "num_buckets": 1,
         "patience": PATIENCE,
     }
-    return serve, whole(train_sequence(model, own, seed=0, validate=quality, **settings))
+    return serve, whole(train_sequence(model, own, seed=task.seed, validate=quality, **settings))
 
 
-def _models(side: Side, found: World, train: Interactions, dim: int = DIM):
-    """(of the whole catalogue, of the items that occur, rows over those, parameters of the one from the other's)."""
-    own, ids = known_only(train)
+def _models(side: Side, found: World, task: Task, dim: int = DIM):
+    """(of the whole catalogue, of the known items, rows over those, parameters of the one from the other's)."""
+    num_items = task.train.num_items
+    own, ids = known_only(task.train, task.known)
     modalities = {name: found.modalities[name] for name in side.modalities}
-    everything, fused = np.arange(train.num_items), side.ids and bool(modalities)
-    known = jnp.asarray(train.item_counts > 0) if fused else None
+    everything, fused = np.arange(num_items), side.ids and bool(modalities)
+    known = jnp.asarray(task.known) if fused else None
     make = partial(tower, modalities, dim=dim, with_ids=side.ids)
     serve = side.build(make(everything, known=known))
     if fused:
@@ -93,21 +100,19 @@ def _models(side: Side, found: World, train: Interactions, dim: int = DIM):
         model = side.build(make(ids))
 
     def whole(params):
-        tables = {name: jnp.zeros((train.num_items, dim)).at[ids].set(table) for name, table in params.tables.items()}
+        tables = {name: jnp.zeros((num_items, dim)).at[ids].set(table) for name, table in params.tables.items()}
         return Shared(tables, params.dense)
 
     return serve, model, own, whole
 
 
-def fit_federated(
-    found: World, train: Interactions, *, epsilon: float, seed: int
-) -> tuple[SequenceModel, Shared, float]:
+def fit_federated(found: World, task: Task, *, epsilon: float) -> tuple[SequenceModel, Shared, float]:
     """The recommender on sentences alone, trained by clients; with the epsilon that its ledger says.
 
     Guarantee: user-level; add or remove one user; everybody takes part in every round; released are the states of the
-    server. Delta is `usual_delta` of the number of users. Titles and genres are public.
+    server. Delta is `usual_delta` of the number of users. Titles, genres and the catalogue of known items are public.
     """
-    serve, model, own, whole = _models(Side(("sentence",)), found, train, dim=FEDERATED_DIM)
+    serve, model, own, whole = _models(Side(("sentence",)), found, task, dim=FEDERATED_DIM)
     none = own.take(np.zeros(own.num_interactions, bool))
     clients = client_data(Split(own, none, none, none, rule="train only"), num_buckets=2)
     rounds_to_run = ROUNDS if found.data.num_users > 100 else 2
@@ -118,7 +123,7 @@ def fit_federated(
     algorithm = fedsequence(model, server_optimizer=optax.adam(SERVER_RATE, b2=0.98))
     links = user_level_dp(l2_clip_norm=CLIP, noise_multiplier=z)
     rounds = make_rounds(algorithm, links, full_participation(clients.num_clients), clients)
-    init_key, *keys = jax.random.split(jax.random.key(seed), 4)
+    init_key, *keys = jax.random.split(jax.random.key(task.seed), 4)
     state, _, _ = rounds.run(*rounds.init(init_key), RoundKeys(*keys), rounds_to_run)
     ledger = rounds.charge(Ledger(), first_round=0, num_rounds=rounds_to_run)
     spent = math.inf if math.isinf(epsilon) else ledger.spent(delta).epsilon
@@ -139,22 +144,25 @@ def validate_unseen(unseen: Unseen, scorer: Scorer) -> float:
     return evaluate(among(scorer, unseen.folds == 1), cases(unseen.split, "validation"), ks=(10,)).values["ndcg@10"]
 
 
-def known_quality(scorer: Scorer, split: Split, part: str) -> float:
+def known_quality(split: Split, part: str, scorer: Scorer) -> float:
     """ndcg@10 among all items."""
     return evaluate(scorer, cases(split, part), ks=(10,)).values["ndcg@10"]
 
 
 def run(make, datasets: Sequence[str], seed: int, options: Options) -> dict:
-    """One row: ``make(found, train, validate, seed) -> (scorer of some histories, what to keep)``."""
+    """One row: ``make(found, task) -> (scorer of some histories, what to keep)``."""
     values, protocols, kept = {}, {}, {}
     for dataset in datasets[:1] if options.smoke else datasets:
         found = world("smoke" if options.smoke else dataset, options.data_dir)
         unseen, warm = hold_out_items(found.data, seed=seed), found.warm
-        scorer_of, said = make(found, unseen.split.train, partial(validate_unseen, unseen), seed)
+        task = Task(unseen.split.train, unseen.folds == 0, partial(validate_unseen, unseen), seed)
+        scorer_of, said = make(found, task)
         measured = asked_of_unseen(scorer_of(unseen.split.train), unseen)
         kept |= said
-        scorer_of, said = make(found, warm.train, lambda s, w=warm: known_quality(s, w, "validation"), seed)
-        measured[ASKED[3]] = 100 * known_quality(scorer_of(shown_at_test(warm)), warm, "test")
+        everything = np.ones(found.data.num_items, bool)
+        task = Task(warm.train, everything, partial(known_quality, warm, "validation"), seed)
+        scorer_of, said = make(found, task)
+        measured[ASKED[3]] = 100 * known_quality(warm, "test", scorer_of(shown_at_test(warm)))
         for asked, value in measured.items():
             metric = f"{DATA[dataset]}: {asked}"
             values[metric] = value
@@ -162,22 +170,21 @@ def run(make, datasets: Sequence[str], seed: int, options: Options) -> dict:
     return {"values": values, "protocols": protocols, **kept}
 
 
-def content_free(found: World, train: Interactions, validate, seed: int):
+def content_free(found: World, task: Task):
     """Random order of unseen items, in expectation over ties, and known items by popularity."""
-    held_out = train.item_counts.sum() < found.warm.train.num_interactions
-    flat = constant_scorer(jnp.zeros(train.num_items))
-    return lambda history: flat if held_out else popularity_scorer(train), {}
+    flat = constant_scorer(jnp.zeros(task.train.num_items))
+    return lambda history: popularity_scorer(task.train) if task.known.all() else flat, {}
 
 
-def trained(side: Side, found: World, train: Interactions, validate, seed: int):
+def trained(side: Side, found: World, task: Task):
     """In one place."""
-    model, params = fit(side, found, train, validate)
+    model, params = fit(side, found, task)
     return partial(sequence_scorer, model, params), {}
 
 
-def federated(epsilon: float, found: World, train: Interactions, validate, seed: int):
+def federated(epsilon: float, found: World, task: Task):
     """By clients."""
-    model, params, spent = fit_federated(found, train, epsilon=epsilon, seed=seed)
+    model, params, spent = fit_federated(found, task, epsilon=epsilon)
     return partial(sequence_scorer, model, params), {"epsilon": None if math.isinf(spent) else spent}
 
 
