@@ -14,6 +14,7 @@ from scipy import stats
 from fedjax_rec.algorithms.fedkd import fedkd, fedkd_score
 from fedjax_rec.data.clients import client_data
 from fedjax_rec.distillation import private
+from fedjax_rec.distillation.fusion import fuse
 from fedjax_rec.distillation.losses import NEVER, divergence, kl
 from fedjax_rec.distillation.private import PHASE, NoisyRounds, distill_private
 from fedjax_rec.distillation.student import distilled
@@ -243,6 +244,28 @@ def test_releases_without_a_charge_are_refused():
         on_private_histories(budget=Budget(DP_LEDGER.spent(1e-5).epsilon, 1e-5))
     with pytest.raises(ValueError, match="noise_multiplier must be positive"):
         NoisyRounds(num_rounds=3, sampling_prob=0.5, l2_clip_norm=0.1, noise_multiplier=0.0)
+
+
+# FedDF.
+
+
+def test_fusion_says_what_the_models_say_together():
+    """Two models whose vectors are mirrored: their mean knows nothing, and their logits agree."""
+    first = FACTORS.init(jax.random.key(1))
+    mirror = first._replace(tables={"item": -first.tables["item"]})
+
+    def make(loss):
+        return history_factors(id_table(NUM_ITEMS, dim=DIM), max_length=LENGTH, recency=3.0, loss=loss)
+
+    noise = first._replace(tables={"item": 0.3 * jax.random.normal(jax.random.key(2), (NUM_ITEMS, DIM))})
+    fused = fuse(make, [first, mirror, noise], HISTORIES, FULL, seed=0, num_epochs=300, learning_rate=0.05)
+    together = np.mean([SCORE(params, HISTORY) for params in (first, mirror, noise)], axis=0)
+    unseen = np.setdiff1d(np.arange(NUM_ITEMS), HISTORY)
+    mean = jax.tree.map(lambda *leaves: sum(leaves) / 3, first, mirror, noise)
+    assert stats.spearmanr(SCORE(fused, HISTORY)[unseen], together[unseen]).statistic > 0.9
+    assert stats.spearmanr(SCORE(mean, HISTORY)[unseen], together[unseen]).statistic < 0.9
+    with pytest.raises(ValueError, match="as many positive weights"):
+        fuse(make, [first, mirror], HISTORIES, FULL, seed=0, num_epochs=1, weights=[1.0])
 
 
 # FedKD.
