@@ -42,8 +42,8 @@ from fedjax_rec.text.random_encoder import random_encoder
 from fedjax_rec.text.sentiment140 import Messages, of_users, read_sentiment140
 
 NAME, NUM_SEEDS = "sentiment", 3
-EPSILONS = (1.0, 2.0, 4.0, 8.0, math.inf)
-NUM_ROUNDS, LR, TEMPERATURE, SLOTS = 10, 4.0, 10.0, 20
+EPSILONS = (0.1, 0.3, 1.0, 4.0, math.inf)
+NUM_ROUNDS, LR, TEMPERATURE, SLOTS = 20, 0.3, 10.0, 20  # steps chosen on generated messages, so that none overshoots
 GENERATED = "generated"
 
 
@@ -100,7 +100,11 @@ def measure(file: Path | None, epsilon: float, seed: int, smoke: bool) -> dict:
         noise = one.noise_multiplier * math.sqrt(rounds_of)
     rounds = make_rounds(
         linear_head(
-            np.zeros((2, dim)), num_slots=num_slots, inverse_temperature=TEMPERATURE, server_optimizer=optax.sgd(LR)
+            np.zeros((2, dim)),
+            num_slots=num_slots,
+            inverse_temperature=TEMPERATURE,
+            bias=False,
+            server_optimizer=optax.sgd(LR),
         ),
         user_level_dp(l2_clip_norm=1.0, noise_multiplier=noise),
         full_participation(num_clients),
@@ -138,7 +142,8 @@ def write_page(lines: Sequence[dict]) -> str:
     heads = ("messages", "epsilon", "delta", "clients", "accuracy, %", "most common sentiment, %", "seeds")
     only = (
         "All figures are of generated messages: they show that the method runs and what noise does to it, and "
-        "nothing about real text. "
+        "nothing about real text. Steps were chosen on them. A fifth of them, on average, says the opposite of its words, "
+        "and a linear head hears the words."
         if datasets == [GENERATED]
         else ""
     )
