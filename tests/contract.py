@@ -15,9 +15,14 @@ import optax
 from evaluation_worlds import make_split
 
 import fedjax_rec as fr
+from fedjax_rec.algorithms.fedkd import fedkd, fedkd_score
+from fedjax_rec.algorithms.fedsequence import fedsequence_score
+from fedjax_rec.algorithms.server_encoder import server_encoder
 from fedjax_rec.data.clients import ClientData, client_data
 from fedjax_rec.federated.algorithm import Algorithm
 from fedjax_rec.federated.cohort import Sampler, full_participation, poisson
+from fedjax_rec.models.history_factors import history_factors
+from fedjax_rec.models.items import id_table
 
 NUM_ITEMS, DIM = 17, 5
 
@@ -77,6 +82,9 @@ GMF = fr.gmf(NUM_ITEMS, dim=DIM)
 HEAD = fr.personal_scorer(NUM_ITEMS, dim=DIM, init_stddev=0.3)
 SUM = fr.additive_scorer(NUM_ITEMS, dim=DIM, separation=0.0, init_stddev=0.3)
 VAE = fr.mult_vae(NUM_ITEMS, width=DIM, latent=DIM, tied=True, linear=True, dropout=0.0, init_stddev=0.3)
+MENTOR = history_factors(id_table(NUM_ITEMS, dim=DIM, init_stddev=0.3), max_length=9)
+WORDS = np.eye(NUM_ITEMS, dtype=np.float32)
+MENTEE = history_factors(id_table(NUM_ITEMS, dim=3, init_stddev=0.3), max_length=9)
 DRAW = {"negatives": fr.Negatives(1), "batch_size": 4}
 STEADY = {"table_lr": 1.0, "head_lr": 0.5, "batch_decay": 1.0, "round_decay": 1.0, "local_epochs": 2}
 PERSONAL = {"lr": 0.5, "item_lr": 0.5, "local_epochs": 2}
@@ -130,6 +138,21 @@ METHODS: dict[str, Callable[[World], Entry]] = {
         fr.apfl(MF, num_clients=w.num_clients, alpha=0.25, alpha_lr=0.01, **PERSONAL, **DRAW),
         fr.apfl_score(MF),
         num_rounds=100,
+    ),
+    "fedkd": lambda w: Entry(
+        fedkd(MENTOR, MENTEE, num_clients=w.num_clients, server_optimizer=optax.adam(0.05)), fedkd_score(MENTOR)
+    ),
+    "server_encoder": lambda w: Entry(
+        server_encoder(
+            MENTOR,
+            lambda theta, words: words @ theta,
+            WORDS,
+            lambda key: 0.3 * jax.random.normal(key, (NUM_ITEMS, DIM)),
+            encoder_optimizer=optax.adam(0.05),
+            tower_optimizer=optax.adam(0.05),
+        ),
+        fedsequence_score(MENTOR),
+        num_rounds=30,  # later it knows every history by heart, in its order
     ),
 }
 
