@@ -121,6 +121,21 @@ def paired_test(
         if metric not in evaluation.per_user:
             raise ValueError(f"No per-user values of {metric!r}; choose one of {', '.join(evaluation.per_user)}.")
     difference = first.per_user[metric].astype(np.float64) - second.per_user[metric]
+    return difference_test(difference, confidence=confidence, num_resamples=num_resamples, seed=seed)
+
+
+def difference_test(
+    difference: np.ndarray, *, confidence: float = 0.95, num_resamples: int = 2000, seed: int = 0
+) -> PairedTest:
+    """Is the mean of a difference between two things, measured on the same users, other than zero?
+
+    Args:
+      difference: float `[users]`.
+      confidence: of the interval.
+      num_resamples: bootstrap draws, and sign flips of the permutation test.
+      seed: of both.
+    """
+    difference = np.asarray(difference, np.float64)
     differ = difference != 0
     interval = bootstrap_interval(difference, confidence=confidence, num_resamples=num_resamples, seed=seed)
     wilcoxon_p = scipy.stats.wilcoxon(difference, zero_method="pratt").pvalue if differ.any() else 1.0

@@ -38,6 +38,8 @@ def integrated_gradients(
 ) -> IntegratedGradients:
     """Gauss-Legendre quadrature with 8 points a panel; panels are doubled until the attributions are complete.
 
+    The path is walked at t = s^3 with panels equal in s: a normalised model changes most where items begin to show.
+
     Args:
       value: F, with a gradient: from `by_presence`.
       real: bool ``[L]``, the places to explain.
@@ -51,8 +53,9 @@ def integrated_gradients(
 
     def integrate(panels):
         def add(panel, mean):
-            gradients = jax.vmap(lambda node: gradient((panel + node) / panels * full))(nodes)
-            return mean + jnp.matmul(weights, gradients, precision="highest") / panels
+            s = (panel + nodes) / panels
+            gradients = jax.vmap(lambda t: gradient(t * full))(s**3)
+            return mean + jnp.matmul(3 * s**2 * weights, gradients, precision="highest") / panels
 
         return full * jax.lax.fori_loop(0, panels, add, jnp.zeros_like(full))
 
