@@ -117,15 +117,12 @@ def load_encoder(folder: Path | str | None) -> TextEncoder:
 
 def stack_layers(weights: dict[str, np.ndarray], num_layers: int) -> dict[str, dict[str, jax.Array]]:
     """Parameters of `TextEncoder` from named weights; torch keeps a kernel as ``[out, in]``."""
-    older = (name.removeprefix("bert.").replace("gamma", "weight").replace("beta", "bias") for name in weights)
-    weights = dict(zip(older, weights.values(), strict=True))
+    names = (name.removeprefix("bert.").replace("gamma", "weight").replace("beta", "bias") for name in weights)
+    weights = dict(zip(names, weights.values(), strict=True))  # the oldest folders say gamma and beta
 
-    def norm(name):
-        return {"scale": name + ".weight", "bias": name + ".bias"}
-
-    embeddings = {short: weights[f"embeddings.{name}"] for name, short in _EMBEDDINGS.items()}
-    embeddings |= {f"norm.{key}": weights[name] for key, name in norm("embeddings.LayerNorm").items()}
-    layers = {}
+    embeddings, layers = {short: weights[f"embeddings.{name}"] for name, short in _EMBEDDINGS.items()}, {}
+    for kind, short in (("weight", "scale"), ("bias", "bias")):
+        embeddings[f"norm.{short}"] = weights[f"embeddings.LayerNorm.{kind}"]
     for name, short in _PARTS.items():
         for kind in ("weight", "bias"):
             stack = np.stack([weights[f"encoder.layer.{layer}.{name}.{kind}"] for layer in range(num_layers)])
