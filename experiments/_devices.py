@@ -33,6 +33,7 @@ from fedjax_rec.federated.round import RoundKeys, Rounds, make_rounds
 from fedjax_rec.federated.tiers import Tier, held, named_axes, num_held, recent, with_tiers
 from fedjax_rec.federated.transforms import chain
 from fedjax_rec.models.matrix_factorization import matrix_factorization
+from fedjax_rec.models.popularity import popularity_scorer
 from fedjax_rec.privacy.accounting import privacy_spent
 from fedjax_rec.privacy.calibration import calibrate_noise_multiplier
 from fedjax_rec.privacy.mechanisms import user_level_dp
@@ -255,6 +256,13 @@ def trained(name: str, assigned: str, epsilon: float | None, lr: float, seed: in
         "numbers": numbers(split.num_items),
         "split": split.fingerprint,
     }
+
+
+def popularity(data_dir: Path | None, smoke: bool) -> dict:
+    """What everybody likes, counted without noise: the floor."""
+    split, _, asked = world(data_dir, smoke)
+    value = evaluate(popularity_scorer(split.train), asked["test"], ks=(10,)).values[METRIC]
+    return {METRIC: value, "split": split.fingerprint}
 
 
 def numbers(num_items: int) -> dict[str, int]:
