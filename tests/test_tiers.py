@@ -282,7 +282,7 @@ def test_sequence_models_are_cut_in_width_rank_and_history(one_bag_client):
     masks = held(SHARED, SMALL, named_axes(CUTS))
     jax.tree.map(lambda u, m: np.testing.assert_array_equal(np.where(m, 0, u), 0), output.update, masks)
     assert all(joint_norm(leaf) > 0 for leaf in jax.tree.leaves(output.update))
-    assert output.metrics["outside_tier"] == 0  # three local steps never left the tier
+    assert output.metrics["outside_tier"] == 0  # three local steps never left the tier: nothing normalises
     small = narrowed(SHARED, SMALL, named_axes(CUTS))
     expected = BAG.query(small, jnp.array([1, 4, 5, 5, 5, 5]), None)
     np.testing.assert_allclose(output.private["query"], expected, rtol=1e-5)

@@ -13,8 +13,10 @@ Diao, Ding and Tarokh, 2021, "HeteroFL: Computation and Communication Efficient 
 Clients" (ICLR).
 
 Differs from the paper: the divisor is the expected number of holders, a public constant, and never the realised one;
-a layer norm divides by the whole width, of which a narrow device knows that the rest is zero, and no scaler makes up
-for it.
+a layer norm averages over the whole width, of which a narrow device knows that the rest is zero, and no scaler makes up
+for it. Through that average zeros outside the tier get gradients too. They are cut away before anything is sent, so one
+local step on such a model (`fedsequence` with SASRec) is exact; with more, the later ones would train numbers that the
+device does not hold, and the metric "outside_tier" says so.
 """
 
 import dataclasses
@@ -169,8 +171,9 @@ def with_tiers(
 
     A client receives, trains and sends the part that its tier holds, and trains on its last items; its private
     parameters are cut alike. The metric "outside_tier" is the largest number of an update outside the tier before it
-    is cut: 0 unless ``axes`` forget an axis, so that training would need what the device does not hold. Tiers that cut
-    nothing give ``algorithm`` back.
+    is cut. Where it is 0, any number of local steps stays within the tier; above, ``axes`` forget an axis, or layers
+    normalise over the width, and only a method with one local step may be used. Tiers that cut nothing give
+    ``algorithm`` back.
 
     Guarantee: that of the chain and the sampler, unchanged. What a client sends is a function of the server's state,
     of its own data and of its public tier, and the clip comes after. The server divides by a constant that tiers and
