@@ -142,8 +142,8 @@ def write_page(lines: Sequence[dict]) -> str:
     heads = ("messages", "epsilon", "delta", "clients", "accuracy, %", "most common sentiment, %", "seeds")
     only = (
         "All figures are of generated messages: they show that the method runs and what noise does to it, and "
-        "nothing about real text. Steps were chosen on them. A fifth of them, on average, says the opposite of its words, "
-        "and a linear head hears the words."
+        "nothing about real text. Steps were chosen on them. A fifth of them, on average, says the opposite of "
+        "its words, and a linear head hears the words."
         if datasets == [GENERATED]
         else ""
     )
