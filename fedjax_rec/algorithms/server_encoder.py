@@ -73,6 +73,10 @@ def server_encoder(
     ``opt_state``. Private: "query", what the client's history asks for under the vectors that it received
     last, which training never reads; `fedsequence_score` ranks the slate with it.
 
+    Guarantee: that of the chain and the sampler it runs with, such as user-level, add-or-remove-one, for Poisson cohorts
+    under `user_level_dp`. Released are the server's states, ``theta`` included: all of them are functions of the noised
+    sums, of public content and of the key of the first parameters, and of nothing else.
+
     With ``backward=False`` clients send the tower's gradient alone, which then has the whole clip norm; the release and
     its event are the same.
 
