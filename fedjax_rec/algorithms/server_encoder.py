@@ -73,7 +73,7 @@ def server_encoder(
     ``opt_state``. Private: "query", what the client's history asks for under the vectors that it received
     last, which training never reads; `fedsequence_score` ranks the slate with it.
 
-    Guarantee: that of the chain and the sampler it runs with, such as user-level, add-or-remove-one, for Poisson cohorts
+    Guarantee: that of the chain and the sampler it runs with, such as user-level, add-or-remove-one, Poisson sampling,
     under `user_level_dp`. Released are the server's states, ``theta`` included: all of them are functions of the noised
     sums, of public content and of the key of the first parameters, and of nothing else.
 
