@@ -164,6 +164,9 @@ def dp_class_sums(
       ledger: to charge; a new one by default.
       count_weight: gamma.
       chunk_size: clients side by side; never changes a result by more than rounding.
+
+    Raises:
+      ValueError: for numbers out of range, or a ledger of another unit or relation; nothing is released then.
     """
     num_clients, num_slots, _ = data.vectors.shape
     rounds = make_rounds(
@@ -174,6 +177,8 @@ def dp_class_sums(
         span_size=1,
         chunk_size=chunk_size,
     )
+    # A ledger that this release does not fit refuses here, before anything is released.
+    ledger = rounds.charge(ledger or Ledger(), first_round=0, num_rounds=1, phase="class sums")
     nobody = jax.random.key(0)  # nothing is drawn for clients, and everybody takes part
     state, _ = rounds.init(nobody)
     own = LabelledVectors(*(jnp.array(x) for x in data))  # a copy: rounds take their private state for their own
@@ -184,7 +189,7 @@ def dp_class_sums(
         counts=total["counts"] / count_weight,
         noise_stddev=noise_multiplier,
         row_weight=1 / math.sqrt(rows_per_client * (ROW_SPREAD + MEAN_SPREAD + count_weight**2)),
-        ledger=rounds.charge(ledger or Ledger(), first_round=0, num_rounds=1, phase="class sums"),
+        ledger=ledger,
     )
 
 
