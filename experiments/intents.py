@@ -10,7 +10,7 @@ CLINC150 (Larson et al., 2019, "An Evaluation Dataset for Intent Classification 
 intents. Clients are simulated: the train queries are shuffled by the seed and dealt, ten to each of 600. What they send
 is user-level private. The validation queries are nobody's, and public: their texts train the student of the teachers
 and the second row, and set the score below which a query is rejected; their intents chose settings of the linear head
-and of the teachers, and nothing of the class sums, whose prior weight is a formula. Test queries are only classified.
+and of the teachers, and, of the class sums, the coordinates and how counts weigh; the prior's weight is a formula.
 """
 
 import argparse
@@ -52,8 +52,8 @@ ABOUT = """\
 4,500 test queries, 1,000 out of scope; ± is the standard deviation over deals and noise.
 
 - "Class sums and names" is one release of a sum and a count a class, and a posterior mean around the names, whose \
-weight is a formula of noise, counts and one assumption (sentences of one intent have cosine 1/2), fixed before any \
-query was seen (`models/class_sums.py`).
+weight is a formula of noise, counts and one assumption (sentences of one intent have cosine 1/2), which no query of \
+a run enters and nothing tunes (`models/class_sums.py`).
 - "The same and public queries" then moves the means by 3,000 public queries that they label themselves.
 - "Linear head from names" starts at the names and takes five rounds of everybody.
 - "Teachers' votes" is PATE with confident GNMax: every client is a teacher, with the names and its ten queries, and \
@@ -66,8 +66,8 @@ A query is rejected if its largest cosine is below what a tenth of the public qu
 is the share of out-of-scope queries that are; "accepted and right" the share of test queries in scope that are not, \
 and get their intent.
 
-Settings of the head and of the teachers were chosen on the intents of the public queries, which no client has sent: \
-epsilon is about clients and covers none of that."""
+Settings of the head and of the teachers, and the coordinates and the weight of counts in the class sums, were chosen \
+on the intents of the public queries, which no client has sent: epsilon is about clients and covers none of that."""
 
 
 def measure(world: World, method: str, epsilon: float, seed: int) -> dict:

@@ -18,10 +18,11 @@ The mean of a class is then the posterior mean of a Gaussian prior around a p_c,
 where s is the noise's standard deviation, tau^2 how far the mean of a class lies from a p_c, squared, and sigma_w^2 the
 spread of a class around its mean. Noise makes w large and the names win; data makes n large and the data win.
 
-One assumption fixes a, tau^2, sigma_w^2 and kappa before any data is seen: vectors have norm 1, and two sentences of
+One assumption fixes a, tau^2, sigma_w^2 and kappa, and no weight is tuned: vectors have norm 1, and two sentences of
 one class, or one of them and the name of the class, have cosine 1/2. So the mean has squared norm 1/2; its distance
 |mean - a p|^2 = 1/2 - a + a^2 is least at a = 1/2, where it is tau^2 = 1/4; rows lie sigma_w^2 = 1 - 1/2 around their
-mean, so |x - p / 2|^2 is 3/4. Everything else in w_c is public or released: no query, private or of a test, is read.
+mean, so |x - p / 2|^2 is 3/4. Everything else in w_c is public or released. Half is a round number, to be
+judged by knowledge of the encoder; in CLINC150 through all-MiniLM-L6-v2 a train query and its name have .51.
 """
 
 import math
