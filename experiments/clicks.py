@@ -124,7 +124,7 @@ def fields_of(data: Interactions) -> tuple[tuple[Fields, FieldBatch], Fields, np
 @cache
 def world(data_dir: Path | None, smoke: bool) -> World:
     """Ratings as clicks, each user's latest tenth for test and the tenth before it for validation."""
-    data = synthetic(num_users=60, num_items=40, seed=0) if smoke else load("movielens/100k", data_dir=data_dir)
+    data = synthetic(num_users=60, num_items=60, ratings=True) if smoke else load("movielens/100k", data_dir=data_dir)
     data = dataclasses.replace(data, ratings=(data.ratings >= CLICK).astype(np.float32))
     return World(ratio_split(data, test_ratio=0.1, validation_ratio=0.1), *fields_of(data))
 
@@ -134,7 +134,7 @@ def built(name: str, data_dir: Path | None, smoke: bool):
     """The model of a recipe; one for all seeds, so that they share a compilation."""
     at, recipe = world(data_dir, smoke), RECIPES[name]
     return client_clicks(
-        recipe.network if not smoke else small_dcn,
+        recipe.network,
         num_items=at.split.num_items,
         item_fields=at.item_fields,
         user_fields=at.user_fields,
@@ -165,7 +165,7 @@ def scored(at: World, model, shared, private) -> dict[str, dict[str, float]]:
 def central_training(name: str, options: Options):
     """Compiled epochs."""
     at, model = world(options.data_dir, options.smoke), built(name, options.data_dir, options.smoke)
-    clients = client_data(at.split, use_ratings=True)
+    clients = client_data(at.split, use_ratings=True, num_buckets=1 if options.smoke else 5)
     optimizer = optax.adam(RECIPES[name].central_lr)
     return centralised(model.model, clients, optimizer=optimizer, negatives=Negatives(0))
 
@@ -217,7 +217,7 @@ def federated_rounds(name: str, epsilon: float, options: Options):
     links = chain()
     if private:
         links = user_level_dp(l2_clip_norm=recipe.clip_norm, noise_multiplier=noise_for(epsilon, num_rounds))
-    clients = client_data(at.split, use_ratings=True)
+    clients = client_data(at.split, use_ratings=True, num_buckets=1 if options.smoke else 5)
     sampler = full_participation(at.split.num_users)
     return make_rounds(algorithm, links, sampler, clients, span_size=num_rounds), num_rounds
 
@@ -369,7 +369,28 @@ ROWS = [
         for e in (math.inf, 8.0, 2.0)
     ),
 ]
-STUDY = Study("clicks", "Clicks from fields", __doc__, ROWS, METRICS)
+ABOUT = (
+    "MovieLens 100K as clicks: a rating of 4 or more is a click, any other rating is none. Each user's latest "
+    "tenth is the test (ties by seeded hash), the tenth before it validation. Fields: the item's id, genres "
+    "and half decade, which are public; the user's gender, age group and occupation, and a vector of the "
+    "user's own, which stay with its client, or its silo. AUC over all held-out examples, AUC within users "
+    "(weighted by examples, users of one kind left out), and logloss in nats, all times 100. DCN-V2 is three "
+    "cross layers beside 500-500-500, DeepFM has 400-400-400, vectors of 10; the small DCN-V2 has two cross "
+    "layers beside 16, vectors of 4, for clients, silos and one place alike. In one place the epoch with the "
+    "least validation logloss counts; elsewhere the number of rounds is fixed. Steps, clip norms and rounds "
+    "were chosen on validation examples of seed 0, by few trials, which no epsilon covers. User-level: add or "
+    f"remove one client, all in every round, delta {USER_DELTA:g}. Example-level: add or remove one example, "
+    f"delta {EXAMPLE_DELTA:g}, DP-SGD in 21 silos, one an occupation, each trusted by its users; the two kinds "
+    "of epsilon do not compare. A user's own click rate costs no privacy and is the floor of every row; noised "
+    "item rates are one user-level release on top of it, and what trained models have to beat. Published "
+    "figures on Criteo are of other data and stand in no column."
+)
+STUDY = Study("clicks", "Clicks from fields", ABOUT, ROWS, METRICS)
+SMOKE = (
+    "own rate and noised item rates, user-level ε 8",
+    "LR, by clients, user-level ε 8",
+    "LR, in 21 silos, example-level ε 8",
+)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -377,7 +398,8 @@ def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     if any(word.split("=")[0] == "--criteo" for word in argv):
         return criteo_main(argv)
-    return harness.main(STUDY, argv)
+    rows = [row for row in ROWS if row.name in SMOKE] if "--smoke" in argv else ROWS
+    return harness.main(dataclasses.replace(STUDY, rows=rows), argv)
 
 
 if __name__ == "__main__":
