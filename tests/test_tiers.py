@@ -355,4 +355,4 @@ def test_refusals():
     with pytest.raises(ValueError, match="sends other numbers"):
         with_tiers(other, [LARGE], np.zeros(6, int), AXES)
     with pytest.raises(ValueError, match="sends other numbers"):
-        make_rounds(with_tiers(normalized, [LARGE], np.zeros(6, int), AXES), chain(), SAMPLER, drawn_examples())
+        make_rounds(with_tiers(normalized, [LARGE, SMALL], np.zeros(6, int), AXES), chain(), SAMPLER, drawn_examples())
