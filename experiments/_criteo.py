@@ -160,9 +160,9 @@ def table_of(rows: CriteoRows, args: argparse.Namespace) -> Table:
     return Table(
         ("model", "trained in", "epsilon", "auc", "logloss"),
         lines,
-        caption=f"{len(rows)} rows, {split.rule}; example-level epsilon, add or remove one row, delta {delta:.2g}.",
+        caption=f"{len(rows)} rows, {split.rule}; example-level (ε, δ = {delta:.2g}), add/remove one row.",
         notes=(
-            f"Repairs: {dict(rows.repairs)}.",
+            f"Repairs: {dict(rows.repairs)}. DP-SGD in silos: Poisson sampling of rows, {args.rounds} rounds.",
             f"In one place: categories that occur {args.min_count} times in the training rows, a list that is itself "
             f"read from the data. In silos: categories hashed into {args.buckets} buckets a column, which are public.",
         ),
