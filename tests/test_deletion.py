@@ -16,6 +16,14 @@ SHOWN = padded(HISTORY, NUM_ITEMS, multiple=5)
 REAL = SHOWN < NUM_ITEMS
 
 
+@pytest.fixture(scope="module", autouse=True)
+def quickly_compiled():
+    """Nearly all the time of this file is compilation."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
 @pytest.fixture(scope="module")
 def value():
     weights = np.zeros((NUM_ITEMS, NUM_ITEMS), np.float32)

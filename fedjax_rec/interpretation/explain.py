@@ -107,7 +107,7 @@ def explain(
     start = time.perf_counter()
     shown, n = padded(history, model.num_items), len(history)
     values, total, error = attribute(model, shown, item, method=method, quantity=quantity, key=key, num_pairs=num_pairs)
-    alone = removals(model, shown, item, quantity=quantity)
+    alone = removals(model, shown, item, quantity=quantity, k=k)
     return Explanation(
         item=int(item),
         place=int(alone.place),
@@ -115,7 +115,9 @@ def explain(
         history=history,
         values=np.asarray(values)[:n],
         places_without=np.asarray(alone.places)[:n],
-        out=pushed_out(model, shown, item, k=k, most=most_removed) if int(alone.place) <= k else None,
+        out=pushed_out(model, shown, item, quantity=quantity, k=k, most=most_removed)
+        if int(alone.place) <= k
+        else None,
         k=k,
         total=float(total),
         remainder=float(total - values.sum()),

@@ -66,8 +66,9 @@ def candidates_of(history: jax.Array, num_items: int) -> jax.Array:
     return jnp.ones(num_items, bool).at[history].set(False, mode="drop")
 
 
-@partial(jax.jit, static_argnames="quantity")
-def removals(model: HistoryModel, history: jax.Array, item: jax.Array, *, quantity: Quantity = margin) -> Removals:
+def removals(
+    model: HistoryModel, history: jax.Array, item: int, *, quantity: Quantity = margin, k: int = 10
+) -> Removals:
     """Removes each item of a history alone.
 
     Args:
@@ -75,21 +76,20 @@ def removals(model: HistoryModel, history: jax.Array, item: jax.Array, *, quanti
       history: int32 ``[L]``, padded behind.
       item: the recommended one.
       quantity: of the scores.
+      k: as for `pushed_out`, which asks the same compiled program; no result here depends on it.
     """
-    candidates = candidates_of(history, model.num_items)
-
-    def after(deleted):
-        scores = model.scores(without(history, deleted, model.num_items))
-        return quantity(scores, item), place_of(scores, item, candidates)
-
-    none = jnp.zeros(len(history), bool)
-    values, places = jax.lax.map(after, jnp.eye(len(history), dtype=bool), batch_size=_AT_A_TIME)
-    value, place = after(none)
-    return Removals(jnp.where(history < model.num_items, value - values, 0.0), places, place)
+    values, places, _ = _after_each(model, history, item, np.zeros(len(history), bool), quantity=quantity, k=k)
+    return Removals(jnp.where(history < model.num_items, values[-1] - values[:-1], 0.0), places[:-1], places[-1])
 
 
 def pushed_out(
-    model: HistoryModel, history: jax.Array, item: int, *, k: int = 10, most: int | None = None
+    model: HistoryModel,
+    history: jax.Array,
+    item: int,
+    *,
+    quantity: Quantity = margin,
+    k: int = 10,
+    most: int | None = None,
 ) -> Removed | None:
     """A small set of items without which an item would not be in the top k; None if none was found.
 
@@ -101,49 +101,45 @@ def pushed_out(
       model: what is explained.
       history: int32 ``[L]``, padded behind.
       item: the recommended one.
+      quantity: as for `removals`; the set does not depend on it.
       k: length of the list.
       most: items to remove before giving up; None = all.
     """
     real = np.asarray(history) < model.num_items
-    deleted: list[int] = []
-    place = int(_place_without(model, history, item, _mask(deleted, len(real))))
+
+    def after_each(deleted):
+        gone = np.isin(np.arange(len(real)), deleted)
+        _, places, leads = _after_each(model, history, item, gone, quantity=quantity, k=k)
+        return np.asarray(places), np.where(real & ~gone, np.asarray(leads)[:-1], np.inf)
+
     most = int(real.sum()) if most is None else min(most, int(real.sum()))
+    deleted: list[int] = []
+    places, leads = after_each(deleted)
+    place = int(places[-1])
     while place <= k and len(deleted) < most:
-        leads, places = _leads(model, history, item, _mask(deleted, len(real)), k=k)
-        leads = np.where(real & ~_mask(deleted, len(real)), np.asarray(leads), np.inf)
         deleted.append(int(np.argmin(leads)))
-        place = int(places[deleted[-1]])
+        places, leads = after_each(deleted)
+        place = int(places[-1])
     if place <= k:
         return None
     for one in deleted[:-1]:
         fewer = [other for other in deleted if other != one]
-        found = int(_place_without(model, history, item, _mask(fewer, len(real))))
+        found = int(after_each(fewer)[0][-1])
         if found > k:
             deleted, place = fewer, found
     return Removed(tuple(deleted), place)
 
 
-def _mask(places: list[int], length: int) -> np.ndarray:
-    mask = np.zeros(length, bool)
-    mask[places] = True
-    return mask
-
-
-@jax.jit
-def _place_without(model, history, item, deleted):
-    scores = model.scores(without(history, deleted, model.num_items))
-    return place_of(scores, item, candidates_of(history, model.num_items))
-
-
-@partial(jax.jit, static_argnames="k")
-def _leads(model, history, item, deleted, *, k):
-    """The item's score over the k-th best of the others, and its place, after deleting one place more: each ``[L]``."""
+@partial(jax.jit, static_argnames=("quantity", "k"))
+def _after_each(model, history, item, deleted, *, quantity, k):
+    """After one deletion more, of each place in turn, and after none more: the quantity, the item's place, and its
+    score over the k-th best of the others; each ``[L + 1]``."""
     candidates = candidates_of(history, model.num_items)
     others = candidates & (jnp.arange(model.num_items) != item)
 
     def after(one):
         scores = model.scores(without(history, deleted | one, model.num_items))
         best, _ = jax.lax.top_k(jnp.where(others, scores, -jnp.inf), min(k, model.num_items))
-        return scores[item] - best[-1], place_of(scores, item, candidates)
+        return quantity(scores, item), place_of(scores, item, candidates), scores[item] - best[-1]
 
-    return jax.lax.map(after, jnp.eye(len(history), dtype=bool), batch_size=_AT_A_TIME)
+    return jax.lax.map(after, jnp.eye(len(history) + 1, len(history), dtype=bool), batch_size=_AT_A_TIME)
