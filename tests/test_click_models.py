@@ -256,6 +256,17 @@ def test_a_users_fields_move_nothing_where_it_is_absent_and_the_bound_is_reached
     assert moved(*[pre_noise_sum(private_rounds, state, p, masks[0]) for p in (private, other)]) > 0
 
 
+def test_what_users_say_is_never_trained():
+    """A method that takes gradients of private leaves finds none in a user's fields."""
+    shared = PRIVATE_MODEL.model.init_shared(jax.random.key(0))
+    private = {"own": jnp.ones(3), "user": jnp.asarray(USER_VALUES[0])}
+    view = View({"item": shared.tables["item"][:6, None]}, shared.dense)
+    batch = Examples(ITEMS[0], LABELS[0, :, None], np.ones((6, 1)))
+    gradient = jax.jit(jax.grad(PRIVATE_MODEL.model.loss, argnums=1))(view, private, batch, None)
+    assert not np.any(gradient["user"])
+    assert np.any(gradient["own"])
+
+
 def test_silos_train_on_clicks_and_keep_what_users_say():
     lists = [list(range(6)) for _ in USER_KINDS]
     split = make_split(lists, [[] for _ in lists], num_items=NUM_ITEMS)
