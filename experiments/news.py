@@ -375,6 +375,10 @@ def write_page(lines: Sequence[dict]) -> str:
             if made_up
             else "MIND as read from the folder given."
         )
+        parts.append(
+            "Settings are those of the films, not chosen for news: rows without noise take larger steps under a larger "
+            "clip norm, so where they are below their private twins, that compares settings and not privacy."
+        )
         parts.append(to_markdown(make_table("news", by_part["news"])).rstrip())
     if by_part["films"]:
         splits = {line["values"]["split"][:12] for line in by_part["films"]}
