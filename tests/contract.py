@@ -65,7 +65,8 @@ class Entry(NamedTuple):
       score: ``(shared, private) -> [num_items]``.
       rated: True if it trains on ratings.
       num_rounds: within which it finds the answer.
-      finds: False for a method that cannot find it, because nothing is shared.
+      finds: False for a method that cannot find it, because nothing is shared; None for one of the next item, which
+        the order of this world does not tell.
       everyone: True if all clients must take part in each round.
     """
 
@@ -73,7 +74,7 @@ class Entry(NamedTuple):
     score: Callable[[Any, Any], jax.Array]
     rated: bool = False
     num_rounds: int = 150
-    finds: bool = True
+    finds: bool | None = True
     everyone: bool = False
 
 
@@ -107,6 +108,9 @@ METHODS: dict[str, Callable[[World], Entry]] = {
         finds=False,
     ),
     "fedvae": lambda w: Entry(fr.fedvae(VAE, beta=0.1, server_optimizer=optax.adam(0.05)), fr.fedvae_score),
+    "fedsequence": lambda w: Entry(
+        fr.fedsequence(MENTOR, server_optimizer=optax.adam(0.05)), fedsequence_score(MENTOR), num_rounds=30
+    ),
     "fedrec": lambda w: Entry(
         fr.fedrec(NUM_ITEMS, dim=DIM, lr=0.1, lr_decay=1.0, rho=1, average_visits=20),
         lambda s, p: s.tables["item"] @ p["user"],
@@ -140,7 +144,9 @@ METHODS: dict[str, Callable[[World], Entry]] = {
         num_rounds=100,
     ),
     "fedkd": lambda w: Entry(
-        fedkd(MENTOR, MENTEE, num_clients=w.num_clients, server_optimizer=optax.adam(0.05)), fedkd_score(MENTOR)
+        fedkd(MENTOR, MENTEE, num_clients=w.num_clients, mentor_lr=0.1, server_optimizer=optax.adam(0.05)),
+        fedkd_score(MENTOR),
+        finds=None,
     ),
     "server_encoder": lambda w: Entry(
         server_encoder(

@@ -80,6 +80,8 @@ def test_the_withheld_item_is_found(name):
     other_colour = np.where((users[:, None] + items) % 2 == 1, scores, -np.inf)
     margin = scores[users, world.withheld] - other_colour.max(1)
     assert np.nanmean(loss[-10:]) < 0.8 * np.nanmean(loss[:10])
+    if entry.finds is None:
+        return
     if entry.finds:
         assert np.all(margin > 0), np.round(margin, 2)
     else:

@@ -14,7 +14,8 @@ clip and noise are of the mentee's update: all that the server sees of a mentor 
 Memory: the mentors' tables take ``num_clients * num_items * dim * 4`` bytes, in float32.
 
 Differs from the paper: no loss of hidden states, which needs layers of one width; updates are not compressed here but
-by a link of the chain (`low_rank`, or another); a client's whole history is one batch; mentors start untrained.
+by a link of the chain (`low_rank`, or another); a client's whole history is one batch; mentors start untrained; the
+divisor is at least `LEAST_LOSS`, or two models that know a history by heart would move each other without bound.
 """
 
 from collections.abc import Callable
@@ -31,6 +32,8 @@ from fedjax_rec.federated.private_tables import MAX_PRIVATE_BYTES, check_private
 from fedjax_rec.models.base import Shared
 from fedjax_rec.models.sequence import SequenceModel, last_items
 from fedjax_rec.models.sequence_losses import mean_over
+
+LEAST_LOSS = 0.1  # nats
 
 
 def fedkd(
@@ -98,7 +101,10 @@ def fedkd(
         given = jax.lax.stop_gradient
         real = recent < num_items
         mutual = mean_over(apart(given(told[1]), told[0]), real) + mean_over(apart(given(told[0]), told[1]), real)
-        return sum(own) + mutual / jnp.maximum(given(sum(own)), 1e-6), {"mentor_loss": own[0], "loss": own[1]}
+        both_losses = given(sum(own))
+        # A history without a next item has no loss, and its two models nothing to teach.
+        mutual = jnp.where(both_losses > 0, mutual / jnp.maximum(both_losses, LEAST_LOSS), 0.0)
+        return sum(own) + mutual, {"mentor_loss": own[0], "loss": own[1]}
 
     def client_update(shared, private, client, num_steps, key):
         del num_steps
