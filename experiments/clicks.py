@@ -22,6 +22,7 @@ import numpy as np
 import optax
 
 from experiments import harness
+from experiments._click_rates import item_sums, lifts, own_rates
 from experiments._criteo import criteo_main
 from experiments.harness import Options, Row, Study
 from fedjax_rec.algorithms.fedavg import fedavg
@@ -48,10 +49,6 @@ from fedjax_rec.privacy.mechanisms import user_level_dp
 METRICS = ("auc", "user auc", "logloss")
 CLICK = 4.0  # a rating from here on is a click
 USER_DELTA, EXAMPLE_DELTA = 1e-4, 1e-6  # about a tenth of 1 / users, and of 1 / examples
-OWN_RATE_WEIGHT = 5.0  # examples that a user's click rate is drawn towards one half by
-
-
-DOUBT, NOISE_DOUBT = 2.5, 3.0  # by how much an item's excess clicks are shrunk, in mean weights and in noise
 
 
 class World(NamedTuple):
@@ -299,33 +296,20 @@ def in_silos(name: str, epsilon: float, seed: int, options: Options) -> dict:
 # Floors without training.
 
 
-def own_rates(train: Interactions) -> np.ndarray:
-    """Every user's own click rate, which it knows without anybody, float64 ``[users]``."""
-    clicks = np.bincount(train.user_ids, train.ratings, minlength=train.num_users)
-    return (clicks + OWN_RATE_WEIGHT / 2) / (train.counts_per_user + OWN_RATE_WEIGHT)
-
-
 def rates(epsilon: float, seed: int, options: Options, *, items: bool = True) -> dict:
-    """A user's own click rate, and by how much each item is clicked more than its users click, released once.
-
-    A user sends (y - own rate, shown / 2) over items, scaled to norm 1: one Gaussian release of their sum.
-    """
+    """A user's own click rate, and by how much each item is clicked more than its users click, released once."""
     at = world(options.data_dir, options.smoke)
     train, own = at.split.train, own_rates(at.split.train)
     log_odds = np.log(own) - np.log1p(-own)
     lift, found = np.zeros(train.num_items), {}
     if items:
-        excess = train.ratings - own[train.user_ids]
-        norm = np.sqrt(np.bincount(train.user_ids, excess**2 + 0.25, minlength=train.num_users))
-        scale = 1 / np.maximum(norm[train.user_ids], 1e-9)
-        sums = [np.bincount(train.item_ids, x, minlength=train.num_items) for x in (excess * scale, 0.5 * scale)]
+        sums, noise = item_sums(train, own), 0.0
         if math.isfinite(epsilon):
             noise = found["noise"] = noise_for(epsilon, 1)
-            sums = np.asarray(sums) + noise * np.random.default_rng([seed, 7]).normal(size=(2, train.num_items))
+            sums = sums + noise * np.random.default_rng([seed, 7]).normal(size=sums.shape)
             ledger = Ledger().record(dp_accounting.GaussianDpEvent(noise), phase="rates", released="noised item rates")
             found["epsilon spent"] = ledger.spent(USER_DELTA).epsilon
-        doubt = DOUBT * float(scale.mean()) + NOISE_DOUBT * found.get("noise", 0.0)
-        lift = 0.5 * sums[0] / (np.maximum(sums[1], 0) + doubt)
+        lift = lifts(sums, noise)
     for name in ("validation", "test"):
         part = getattr(at.split, name)
         found[name] = judged(part, log_odds[part.user_ids] + 4.0 * lift[part.item_ids])

@@ -16,6 +16,8 @@ from fedjax_rec.data import (
     write_interactions,
 )
 from fedjax_rec.data.clients import ClientData, client_data, client_data_from_examples
+from fedjax_rec.data.criteo import read_criteo
+from fedjax_rec.data.mind import mind_clients, read_mind
 from fedjax_rec.data.negatives import Negatives
 
 # isort: split
@@ -63,22 +65,25 @@ from fedjax_rec.models.vae_training import train_mult_vae
 # isort: split
 # Large recommenders: what comes next, item sides of ids and content, adapters, text, clicks.
 from fedjax_rec.models.bert4rec import bert4rec
-from fedjax_rec.models.class_sums import class_means, dp_class_sums
-from fedjax_rec.models.clicks import client_clicks
+from fedjax_rec.models.class_sums import class_means, class_sums, dp_class_sums, name_space
+from fedjax_rec.models.clicks import client_clicks, with_user_values
 from fedjax_rec.models.content import Modality, content_tower, load_vectors
 from fedjax_rec.models.cross_network import dcn_v2
-from fedjax_rec.models.deep_fm import deep_fm
+from fedjax_rec.models.deep_fm import deep_fm, factorization_machine, logistic_regression
 from fedjax_rec.models.history_factors import history_factors
 from fedjax_rec.models.hstu import hstu
 from fedjax_rec.models.items import ItemTower, id_table
+from fedjax_rec.models.labelled_vectors import LabelledVectors, deal
 from fedjax_rec.models.lora import init_lora, with_lora
-from fedjax_rec.models.news import nrms
+from fedjax_rec.models.news import impression_loss, nrms
 from fedjax_rec.models.sasrec import sasrec
 from fedjax_rec.models.sequence import SequenceModel, sequence_scorer
 from fedjax_rec.models.sequence_losses import binary_cross_entropy, full_cross_entropy, gbce, sampled_softmax
 from fedjax_rec.models.sequence_training import train_sequence
+from fedjax_rec.models.two_tower import two_tower
 from fedjax_rec.text.encoder import TextEncoder, embed_texts, find_encoder, load_encoder
-from fedjax_rec.text.head import linear_head
+from fedjax_rec.text.head import head_scores, linear_head
+from fedjax_rec.text.sentiment140 import read_sentiment140
 
 # isort: split
 # Devices: tiers of one model, rounds that do not wait; from a teacher to a student that a device can hold.
@@ -87,7 +92,8 @@ from fedjax_rec.distillation.private import NoisyRounds, distill_private
 from fedjax_rec.distillation.student import distilled
 from fedjax_rec.distillation.teacher import ensemble, linear_teacher, sequence_teacher, vae_teacher
 from fedjax_rec.federated.asynchronous import stragglers, with_staleness
-from fedjax_rec.federated.tiers import Tier, with_tiers
+from fedjax_rec.federated.device_times import DeviceTimes, arrival_sampler, simulate_arrivals
+from fedjax_rec.federated.tiers import Tier, axes_of_size, named_axes, with_tiers
 
 # isort: split
 # Rounds: cohort, chain of update transforms, compiled training.
@@ -198,5 +204,8 @@ from fedjax_rec.interpretation.shapley import exact_shapley, sampled_shapley
 # isort: split
 # Evaluation.
 from fedjax_rec.evaluation import Evaluation, cases, client_scorer, evaluate, expect_sampled
+from fedjax_rec.evaluation.clicks import auc, logloss, user_auc
+from fedjax_rec.evaluation.fairness import mdac
+from fedjax_rec.evaluation.impressions import impression_metrics
 
 __version__ = "0.1.0"

@@ -15,9 +15,6 @@ import optax
 from evaluation_worlds import make_split
 
 import fedjax_rec as fr
-from fedjax_rec.algorithms.fedkd import fedkd, fedkd_score
-from fedjax_rec.algorithms.fedsequence import fedsequence_score
-from fedjax_rec.algorithms.server_encoder import server_encoder
 from fedjax_rec.data.clients import ClientData, client_data
 from fedjax_rec.federated.algorithm import Algorithm
 from fedjax_rec.federated.cohort import Sampler, full_participation, poisson
@@ -109,7 +106,7 @@ METHODS: dict[str, Callable[[World], Entry]] = {
     ),
     "fedvae": lambda w: Entry(fr.fedvae(VAE, beta=0.1, server_optimizer=optax.adam(0.05)), fr.fedvae_score),
     "fedsequence": lambda w: Entry(
-        fr.fedsequence(MENTOR, server_optimizer=optax.adam(0.05)), fedsequence_score(MENTOR), num_rounds=30
+        fr.fedsequence(MENTOR, server_optimizer=optax.adam(0.05)), fr.fedsequence_score(MENTOR), num_rounds=30
     ),
     "fedrec": lambda w: Entry(
         fr.fedrec(NUM_ITEMS, dim=DIM, lr=0.1, lr_decay=1.0, rho=1, average_visits=20),
@@ -144,12 +141,12 @@ METHODS: dict[str, Callable[[World], Entry]] = {
         num_rounds=100,
     ),
     "fedkd": lambda w: Entry(
-        fedkd(MENTOR, MENTEE, num_clients=w.num_clients, mentor_lr=0.1, server_optimizer=optax.adam(0.05)),
-        fedkd_score(MENTOR),
+        fr.fedkd(MENTOR, MENTEE, num_clients=w.num_clients, mentor_lr=0.1, server_optimizer=optax.adam(0.05)),
+        fr.fedkd_score(MENTOR),
         finds=None,
     ),
     "server_encoder": lambda w: Entry(
-        server_encoder(
+        fr.server_encoder(
             MENTOR,
             lambda theta, words: words @ theta,
             WORDS,
@@ -157,7 +154,7 @@ METHODS: dict[str, Callable[[World], Entry]] = {
             encoder_optimizer=optax.adam(0.05),
             tower_optimizer=optax.adam(0.05),
         ),
-        fedsequence_score(MENTOR),
+        fr.fedsequence_score(MENTOR),
         num_rounds=30,  # later it knows every history by heart, in its order
     ),
 }
