@@ -22,7 +22,6 @@ from fedjax_rec.interpretation.value import (
     by_presence,
     linear_history_model,
     log_prob,
-    margin,
     score,
     sequence_history_model,
     without,
@@ -36,6 +35,14 @@ NUM_ITEMS, ITEM = 12, 7
 HISTORY = np.array([3, 1, 4, 10, 5], np.int32)
 SHOWN = padded(HISTORY, NUM_ITEMS)
 REAL = SHOWN < NUM_ITEMS
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quickly_compiled():
+    """Nearly all the time of this file is compilation."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture(scope="module")
@@ -65,18 +72,14 @@ def sequence():
 
 @pytest.mark.parametrize("method", ["integrated_gradients", "shapley", "removal"])
 def test_of_a_linear_model_every_method_finds_the_weights(weights, method):
-    model = linear_history_model(weights)
-    for quantity, expected in (
-        (score, weights[HISTORY, ITEM]),
-        (margin, weights[HISTORY, ITEM] - weights[HISTORY].mean(axis=1)),
-    ):
-        values, total, error = attribute(
-            model, SHOWN, ITEM, method=method, quantity=quantity, key=jax.random.key(0), num_pairs=2
-        )
-        np.testing.assert_allclose(values[:5], expected, atol=2e-5)
-        np.testing.assert_array_equal(values[5:], 0)
-        assert total == pytest.approx(expected.sum(), abs=1e-4)
-        assert error < 1e-5
+    expected = weights[HISTORY, ITEM] - weights[HISTORY].mean(axis=1)
+    values, total, error = attribute(
+        linear_history_model(weights), SHOWN, ITEM, method=method, key=jax.random.key(0), num_pairs=4
+    )
+    np.testing.assert_allclose(values[:5], expected, atol=2e-5)
+    np.testing.assert_array_equal(values[5:], 0)
+    assert total == pytest.approx(expected.sum(), abs=1e-4)
+    assert error < 1e-5
 
 
 def test_exact_shapley_values_are_means_over_all_orders(crossed):
@@ -111,15 +114,6 @@ def test_sampled_shapley_values_are_as_close_as_their_errors_say_and_sum_to_the_
     np.testing.assert_allclose(runs.values.sum(axis=1), runs.total, atol=1e-4)
     with pytest.raises(ValueError, match="at least 2"):
         sampled_shapley(value, REAL, jax.random.key(0), num_pairs=1)
-
-
-def test_batches_of_orders_change_nothing(crossed):
-    value = by_deletion(crossed, SHOWN, ITEM)
-    one, all_at_once = (
-        jax.jit(partial(sampled_shapley, value, REAL, num_pairs=6, batch_size=size))(jax.random.key(3))
-        for size in (1, 6)
-    )
-    np.testing.assert_allclose(one.values, all_at_once.values, atol=1e-6)
 
 
 def test_integrated_gradients_are_complete_on_a_transformer(sequence):
@@ -216,7 +210,7 @@ def test_members_that_a_greedy_start_did_not_need_are_put_back():
         assert scores[ITEM] >= scores[8], "a part of the set would have done"
 
 
-@pytest.mark.parametrize("loss", ["logistic", "bpr", "squared"])
+@pytest.mark.parametrize("loss", ["logistic", "bpr"])
 def test_a_refitted_user_vector_is_the_minimum_and_its_gradient_is_right(loss):
     rng = np.random.default_rng(2)
     items, bias = jnp.asarray(rng.normal(size=(NUM_ITEMS, 3)), jnp.float32), jnp.zeros(NUM_ITEMS).at[2].set(0.5)

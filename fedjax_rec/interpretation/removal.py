@@ -79,7 +79,10 @@ def removals(
       k: as for `pushed_out`, which asks the same compiled program; no result here depends on it.
     """
     values, places, _ = _after_each(model, history, item, np.zeros(len(history), bool), quantity=quantity, k=k)
-    return Removals(jnp.where(history < model.num_items, values[-1] - values[:-1], 0.0), places[:-1], places[-1])
+    none = len(history)
+    return Removals(
+        jnp.where(history < model.num_items, values[none] - values[:none], 0.0), places[:none], places[none]
+    )
 
 
 def pushed_out(
@@ -110,21 +113,19 @@ def pushed_out(
     def after_each(deleted):
         gone = np.isin(np.arange(len(real)), deleted)
         _, places, leads = _after_each(model, history, item, gone, quantity=quantity, k=k)
-        return np.asarray(places), np.where(real & ~gone, np.asarray(leads)[:-1], np.inf)
+        return int(places[len(real)]), np.where(real & ~gone, np.asarray(leads)[: len(real)], np.inf)
 
     most = int(real.sum()) if most is None else min(most, int(real.sum()))
     deleted: list[int] = []
-    places, leads = after_each(deleted)
-    place = int(places[-1])
+    place, leads = after_each(deleted)
     while place <= k and len(deleted) < most:
         deleted.append(int(np.argmin(leads)))
-        places, leads = after_each(deleted)
-        place = int(places[-1])
+        place, leads = after_each(deleted)
     if place <= k:
         return None
     for one in deleted[:-1]:
         fewer = [other for other in deleted if other != one]
-        found = int(after_each(fewer)[0][-1])
+        found, _ = after_each(fewer)
         if found > k:
             deleted, place = fewer, found
     return Removed(tuple(deleted), place)
@@ -132,8 +133,8 @@ def pushed_out(
 
 @partial(jax.jit, static_argnames=("quantity", "k"))
 def _after_each(model, history, item, deleted, *, quantity, k):
-    """After one deletion more, of each place in turn, and after none more: the quantity, the item's place, and its
-    score over the k-th best of the others; each ``[L + 1]``."""
+    """After one deletion more, of each place in turn, and then after none more: the quantity, the item's place, and its
+    score over the k-th best of the others; each ``[L + 1]`` or longer."""
     candidates = candidates_of(history, model.num_items)
     others = candidates & (jnp.arange(model.num_items) != item)
 
@@ -142,4 +143,7 @@ def _after_each(model, history, item, deleted, *, quantity, k):
         best, _ = jax.lax.top_k(jnp.where(others, scores, -jnp.inf), min(k, model.num_items))
         return quantity(scores, item), place_of(scores, item, candidates), scores[item] - best[-1]
 
-    return jax.lax.map(after, jnp.eye(len(history) + 1, len(history), dtype=bool), batch_size=_AT_A_TIME)
+    num = len(history) + 1
+    if num > _AT_A_TIME:  # whole batches: a last one of another size would be compiled by itself
+        num = -(-num // _AT_A_TIME) * _AT_A_TIME
+    return jax.lax.map(after, jnp.eye(num, len(history), dtype=bool), batch_size=_AT_A_TIME)
