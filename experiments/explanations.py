@@ -51,6 +51,7 @@ from fedjax_rec.models.sequence import padded_histories
 from fedjax_rec.models.sequence_training import train_sequence
 from fedjax_rec.reporting import Table, to_markdown
 from fedjax_rec.reporting.explain_plots import attribution_bars
+from fedjax_rec.reporting.formatting import format_seconds
 from fedjax_rec.reporting.study_plots import bands
 from fedjax_rec.reporting.style import to_svg
 from fedjax_rec.runs.stamp import stamp
@@ -193,7 +194,7 @@ def make_tables(lines: Sequence[dict]) -> list[Table]:
         for order in ORDERS:
             test, seconds = values["against_random"][order], values["seconds"].get(order)
             gain = f"{test['gain']:+.3f} ({test['low']:+.3f} to {test['high']:+.3f})"
-            share, taken = f"{test['better_share']:.0%}", "" if seconds is None else f"{1000 * seconds:.3g} ms"
+            share, taken = f"{test['better_share']:.0%}", "" if seconds is None else format_seconds(seconds)
             areas.append((name, WORDS[order], f"{values['area'][order]:.3f}", gain, f"{test['p']:.2g}", share, taken))
         agreement += [
             (name, *(WORDS[part] for part in pair.split(", ")), f"{value:+.2f}")
@@ -221,6 +222,11 @@ def verdict(lines: Sequence[dict]) -> str:
         said.append(f"{name}: {', '.join(WORDS[m] for m in beaten) or 'no method'} beat random orders at p < .01")
         said[-1] += f", {', '.join(WORDS[m] for m in failed)} did not" if failed else ""
         said[-1] += f"; integrated gradients are complete within 1 % for {values['complete_share']:.1%} of the users."
+        best = min(BASELINES, key=values["area"].get)
+        behind = [WORDS[m] for m in METHODS if values["area"][m] > values["area"][best]]
+        said[-1] += (
+            f" {', '.join(behind).capitalize()}: behind {WORDS[best]}, which looks at no model." if behind else ""
+        )
     return " ".join(said) or "Not enough."
 
 
@@ -241,8 +247,8 @@ def write_page(lines: Sequence[dict]) -> str:
         "how many the area is smaller. Deletion closes the history up, so it asks what removal and Shapley values ask; "
         "integrated gradients scale what a place puts in, and leave the place. For EASE, which is linear, all three "
         f"are the weights. Shapley values from {NUM_PAIRS} pairs of orders. Seconds: one explanation, compiled, on "
-        f"one CPU core. EASE l2 {EASE_L2:g}; SASRec dim {DIM}, {NUM_BLOCKS} blocks, {NUM_EPOCHS} epochs; settings "
-        "fixed beforehand. One training and one draw of users.\n\n"
+        f"one CPU core of a busy machine. EASE l2 {EASE_L2:g}; SASRec dim {DIM}, {NUM_BLOCKS} blocks, {NUM_EPOCHS} epochs; "
+        "settings fixed beforehand. One training and one draw of users.\n\n"
         f"An explanation as a client sees it, of a generated user:\n\n{example_text()}\n"
         "![what each item adds](explanations_example.svg)\n\n"
         f"Written by `python -m experiments {NAME}`; commits "
