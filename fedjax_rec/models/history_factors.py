@@ -7,6 +7,7 @@ table of users, and takes new users as they come: what a small device can hold. 
 2013, "FISM: Factored Item Similarity Models for Top-N Recommender Systems", which has two tables of items and no order.
 """
 
+import math
 from typing import NamedTuple
 
 import jax
@@ -45,7 +46,7 @@ def history_factors(
         raise ValueError(f"recency must be positive and max_length at least 1; got {recency} and {max_length}.")
     loss = full_cross_entropy() if loss is None else loss
     num_items = items.num_items
-    decay = float(jnp.exp(-1.0 / recency))
+    decay = math.exp(-1.0 / recency)
 
     def init_rest(key):
         del key
