@@ -62,8 +62,8 @@ def _last_two(params, history, presence):
 def test_a_deleted_item_makes_room_for_an_older_one():
     model = HistoryModel(_last_two, jnp.arange(NUM_ITEMS, dtype=jnp.float32), NUM_ITEMS)
     value = by_deletion(model, SHOWN, ITEM, score)
-    curve = deletion_curve(value, REAL, jnp.arange(5.0))  # newest first
-    np.testing.assert_allclose(curve, [0 + 5, 2 + 0, 2, 0, 0, 0])
+    curve = deletion_curve(value, REAL, jnp.array([0.5, 1.0, 0.0, 0.0, 0.0]))  # the one in the middle first
+    np.testing.assert_allclose(curve, [0 + 5, 2 + 5, 5, 0, 0, 0])
 
 
 def test_a_paired_test_tells_an_order_that_is_right_from_one_that_is_not():
