@@ -55,7 +55,7 @@ def _last_two(params, history, presence):
     """Reads an order: the last item counts, and the one before it, each by what it is."""
     real = history < NUM_ITEMS
     age = real.sum() - 1 - jnp.arange(len(history))
-    read = jnp.where(real & (age < 2), presence * params.at[history].get(mode="fill", fill_value=0.0), 0.0)
+    read = jnp.where(real & (age >= 0) & (age < 2), presence * params.at[history].get(mode="fill", fill_value=0.0), 0.0)
     return jnp.zeros(NUM_ITEMS).at[ITEM].set(read.sum())
 
 
