@@ -88,6 +88,8 @@ from fedjax_rec.text.sentiment140 import read_sentiment140
 # isort: split
 # Devices: tiers of one model, rounds that do not wait; from a teacher to a student that a device can hold.
 from fedjax_rec.compression.post_training import dequantize, quantize_params
+from fedjax_rec.distillation.fusion import fuse
+from fedjax_rec.distillation.losses import kl, ranking, relaxed_ranking
 from fedjax_rec.distillation.private import NoisyRounds, distill_private
 from fedjax_rec.distillation.student import distilled
 from fedjax_rec.distillation.teacher import ensemble, linear_teacher, sequence_teacher, vae_teacher
@@ -197,9 +199,12 @@ from fedjax_rec.anonymization.tables import anonymize_table, anonymize_users, k_
 # isort: split
 # Why this item: what each item of a history contributes.
 from fedjax_rec.interpretation.deletion import deletion_area, deletion_curve
+from fedjax_rec.interpretation.explain import explain, recommend
 from fedjax_rec.interpretation.gradients import integrated_gradients
+from fedjax_rec.interpretation.refit import Refit, refitted_history_model
 from fedjax_rec.interpretation.removal import removals
 from fedjax_rec.interpretation.shapley import exact_shapley, sampled_shapley
+from fedjax_rec.interpretation.value import linear_history_model, sequence_history_model
 
 # isort: split
 # Evaluation.
