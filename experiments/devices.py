@@ -13,7 +13,6 @@ simulated hours are spent on rounds that wait for all, on rounds with a deadline
 clients were called early, and on buffers of whoever arrives.
 """
 
-import argparse
 import json
 import statistics
 import sys
@@ -39,7 +38,7 @@ from experiments._devices import (
     popularity,
     trained,
 )
-from experiments.harness import RESULTS, keep_line, read_lines
+from experiments.harness import finish, keep_line, read_lines, study_parser
 from fedjax_rec.evaluation.fairness import group_changes, mdac_interval
 from fedjax_rec.reporting import Table, to_markdown
 from fedjax_rec.reporting.formatting import MISSING
@@ -206,11 +205,8 @@ def write_page(lines: Sequence[dict]) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     """Measures what is missing, and writes the page and its picture."""
-    parser = argparse.ArgumentParser(prog=f"python -m experiments {NAME}", description=__doc__.splitlines()[0])
+    parser = study_parser(NAME, __doc__, seeds=NUM_SEEDS)
     parser.add_argument("--data-dir", type=Path, help="folder with ml-100k/ (default: FEDJAX_REC_DATA)")
-    parser.add_argument("--seeds", type=int, default=NUM_SEEDS, help="seeds of each row")
-    parser.add_argument("--smoke", action="store_true", help="seconds, on made-up data; writes nothing")
-    parser.add_argument("--only-page", action="store_true", help="run nothing, write the page from the kept lines")
     args = parser.parse_args(argv)
     lines = [] if args.smoke else read_lines(NAME)
     kinds = (("tiers", "random", None), ("buffered", "random", None)) if args.smoke else KINDS
@@ -226,12 +222,7 @@ def main(argv: list[str] | None = None) -> int:
         print(json.dumps(key), round(values[METRIC], 4), line["seconds"], flush=True)
         if not args.smoke:
             keep_line(NAME, lines[-1])
-    page = write_page(lines)
-    print(page)
-    if not args.smoke:
-        (RESULTS / f"{NAME}.md").write_text(page, encoding="utf-8")
-        (RESULTS / f"{NAME}.svg").write_text(to_svg(figure(lines)), encoding="utf-8")
-    return 0
+    return finish(NAME, write_page(lines), smoke=args.smoke, svg=None if args.smoke else to_svg(figure(lines)))
 
 
 if __name__ == "__main__":

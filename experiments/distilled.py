@@ -18,10 +18,8 @@ of it post-processing of the same releases. Validation items choose the teacher'
 at real users that epsilon does not cover.
 """
 
-import argparse
 import dataclasses
 import itertools
-import json
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -33,7 +31,7 @@ import jax
 import numpy as np
 
 from experiments._distilled_page import DELTA, DISTILLED, EPSILON, METRIC, PLAIN, TEACHER, write_page
-from experiments.harness import RESULTS, keep_line, read_lines
+from experiments.harness import add_missing, finish, study_parser
 from fedjax_rec.compression.post_training import dequantize, num_bytes, quantize_params
 from fedjax_rec.data import Interactions, Split, leave_one_out, load
 from fedjax_rec.data.split import shown_at_test
@@ -51,7 +49,6 @@ from fedjax_rec.models.sequence import SequenceModel, padded_histories, sequence
 from fedjax_rec.models.sequence_losses import SequenceLoss
 from fedjax_rec.models.sequence_training import train_sequence
 from fedjax_rec.privacy.ledger import Ledger
-from fedjax_rec.runs.stamp import stamp
 from fedjax_rec.synthesis.gram import gram_method
 from fedjax_rec.synthesis.plan import fit_generator
 from fedjax_rec.synthesis.virtual import virtual_users
@@ -295,30 +292,20 @@ def wanted(smoke: bool, only: Sequence[str] | None, num_seeds: int) -> list[tupl
 
 def main(argv: list[str] | None = None) -> int:
     """Measures what is missing, and writes the page."""
-    parser = argparse.ArgumentParser(prog=f"python -m experiments {NAME}", description=__doc__.splitlines()[0])
+    parser = study_parser(NAME, __doc__, seeds=NUM_SEEDS)
     parser.add_argument("--data-dir", type=Path, help="folder with ml-100k/ (default: FEDJAX_REC_DATA)")
-    parser.add_argument("--seeds", type=int, default=NUM_SEEDS, help="seeds of each row")
     parser.add_argument("--student", choices=tuple(STUDENTS), action="append", help="only this one; may be repeated")
-    parser.add_argument("--smoke", action="store_true", help="seconds, on made-up data; writes nothing")
-    parser.add_argument("--only-page", action="store_true", help="run nothing, write the page from the kept lines")
     args = parser.parse_args(argv)
-    lines = [] if args.smoke else read_lines(NAME)
-    done = [line["key"] for line in lines]
-    for student, mode, private, seed in [] if args.only_page else wanted(args.smoke, args.student, args.seeds):
-        key = {"student": student, "mode": mode, "private": private, "seed": seed}
-        if key in done:
-            continue
-        values = run(student, mode, private, seed, world(args.data_dir, args.smoke), args.smoke)
-        lines.append({"key": key, "values": values, "stamp": stamp(seed=seed, data_fingerprint=None)})
-        shown = {name: values[name] for name in ("validation", METRIC, "numbers", "ms", "epsilon")}
-        print(json.dumps({**key, **shown}), flush=True)
-        if not args.smoke:
-            keep_line(NAME, lines[-1])
-    page = write_page(lines)
-    print(page)
-    if not args.smoke:
-        (RESULTS / f"{NAME}.md").write_text(page, encoding="utf-8")
-    return 0
+    keys = [] if args.only_page else wanted(args.smoke, args.student, args.seeds)
+    names = ("student", "mode", "private", "seed")
+    lines = add_missing(
+        NAME,
+        [dict(zip(names, key, strict=True)) for key in keys],
+        lambda key: run(**key, there=world(args.data_dir, args.smoke), smoke=args.smoke),
+        shown=("validation", METRIC, "numbers", "ms", "epsilon"),
+        smoke=args.smoke,
+    )
+    return finish(NAME, write_page(lines), smoke=args.smoke)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ import math
 import statistics
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -150,6 +150,57 @@ def keep_line(name: str, line: dict[str, Any]) -> None:
     RESULTS.mkdir(exist_ok=True)
     with open(RESULTS / f"{name}.jsonl", "a", encoding="utf-8") as file:
         file.write(json.dumps(line) + "\n")
+
+
+def study_parser(name: str, about: str, *, seeds: int) -> argparse.ArgumentParser:
+    """The flags that studies of keyed runs share: ``--seeds``, ``--smoke``, ``--only-page``."""
+    parser = argparse.ArgumentParser(prog=f"python -m experiments {name}", description=about.splitlines()[0])
+    parser.add_argument("--seeds", type=int, default=seeds, help="seeds of each row")
+    parser.add_argument("--smoke", action="store_true", help="seconds, on made-up data; writes nothing")
+    parser.add_argument("--only-page", action="store_true", help="run nothing, write the page from the kept lines")
+    return parser
+
+
+def add_missing(
+    name: str,
+    keys: Iterable[dict[str, Any]],
+    measure: Callable[[dict[str, Any]], dict[str, Any]],
+    *,
+    shown: Sequence[str],
+    smoke: bool = False,
+) -> list[dict[str, Any]]:
+    """Measures every key that has no line yet, and keeps each run as ``{"key", "values", "stamp"}``.
+
+    Args:
+      name: of the study.
+      keys: of runs, JSON values, with a "seed"; none to measure nothing.
+      measure: ``key -> values``, JSON values.
+      shown: values to print.
+      smoke: measure all of them, and keep none.
+
+    Returns:
+      All lines, kept ones first.
+    """
+    lines = [] if smoke else read_lines(name)
+    for key in keys:
+        if any(line["key"] == key for line in lines):
+            continue
+        line = {"key": dict(key), "values": measure(key), "stamp": stamp(seed=key["seed"], data_fingerprint=None)}
+        lines.append(line)
+        print(json.dumps(key | {value: line["values"][value] for value in shown}), flush=True)
+        if not smoke:
+            keep_line(name, line)
+    return lines
+
+
+def finish(name: str, page: str, *, smoke: bool, svg: str | None = None) -> int:
+    """Prints a study's page and, but for a smoke, writes it and its picture; the exit status."""
+    print(page)
+    if not smoke:
+        (RESULTS / f"{name}.md").write_text(page, encoding="utf-8")
+        if svg is not None:
+            (RESULTS / f"{name}.svg").write_text(svg, encoding="utf-8")
+    return 0
 
 
 def newest(lines: Sequence[dict[str, Any]], row: str) -> list[dict[str, Any]]:

@@ -13,9 +13,7 @@ and the second row, and set the score below which a query is rejected; their int
 and of the teachers, and, of the class sums, the coordinates and how counts weigh; the prior's weight is a formula.
 """
 
-import argparse
 import itertools
-import json
 import math
 import sys
 import time
@@ -28,13 +26,12 @@ import numpy as np
 from scipy.stats import rankdata
 
 from experiments._intents import METHODS, VARIANTS, World, clients_of, clinc150, made_up, names_alone
-from experiments.harness import RESULTS, keep_line, read_lines
+from experiments.harness import add_missing, finish, study_parser
 from fedjax_rec.data.cache import default_cache_dir
 from fedjax_rec.models.class_sums import cosine_scores
 from fedjax_rec.reporting import Table, to_markdown
 from fedjax_rec.reporting.study_plots import bands
 from fedjax_rec.reporting.style import to_svg
-from fedjax_rec.runs.stamp import stamp
 
 NAME, NUM_SEEDS = "intents", 5
 EPSILONS = (1.0, 2.0, 4.0, 8.0, math.inf)
@@ -175,31 +172,25 @@ def draw(lines: Sequence[dict]) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     """Measures what is missing, and writes the page."""
-    parser = argparse.ArgumentParser(prog=f"python -m experiments {NAME}", description=__doc__.splitlines()[0])
+    parser = study_parser(NAME, __doc__, seeds=NUM_SEEDS)
     parser.add_argument("--data-dir", type=Path, help="folder with clinc150/clinc.json (default: FEDJAX_REC_DATA)")
-    parser.add_argument("--seeds", type=int, default=NUM_SEEDS, help="seeds of each row")
-    parser.add_argument("--smoke", action="store_true", help="seconds, on made-up data; writes nothing")
-    parser.add_argument("--only-page", action="store_true", help="run nothing, write the page from the kept lines")
     args = parser.parse_args(argv)
-    lines = [] if args.smoke else read_lines(NAME)
-    done = [line["key"] for line in lines]
-    wanted = SMOKE if args.smoke else ROWS
-    for seed, (method, epsilon) in itertools.product(range(1 if args.smoke else args.seeds), wanted):
-        key = {"method": method, "epsilon": _spelt(epsilon), "seed": seed}
-        if key in done or args.only_page or (method == NAMES and seed):
-            continue
+
+    def measured(key):
         world = made_up() if args.smoke else clinc150(args.data_dir, default_cache_dir() / "text")
-        values = measure(world, method, math.inf if epsilon is None else epsilon, seed)
-        lines.append({"key": key, "values": values, "stamp": stamp(seed=seed, data_fingerprint=None)})
-        print(json.dumps({**key, **{k: values[k] for k in ("accuracy", "auroc", "seconds")}}), flush=True)
-        if not args.smoke:
-            keep_line(NAME, lines[-1])
-    page = write_page(lines)
-    print(page)
-    if not args.smoke:
-        (RESULTS / f"{NAME}.md").write_text(page, encoding="utf-8")
-        (RESULTS / f"{NAME}.svg").write_text(draw(lines), encoding="utf-8")
-    return 0
+        epsilon = math.inf if key["epsilon"] in (None, "inf") else key["epsilon"]
+        return measure(world, key["method"], epsilon, key["seed"])
+
+    keys = [
+        {"method": method, "epsilon": _spelt(epsilon), "seed": seed}
+        for seed, (method, epsilon) in itertools.product(
+            range(1 if args.smoke else args.seeds), SMOKE if args.smoke else ROWS
+        )
+        if not (method == NAMES and seed)  # nothing is drawn
+    ]
+    shown = ("accuracy", "auroc", "seconds")
+    lines = add_missing(NAME, [] if args.only_page else keys, measured, shown=shown, smoke=args.smoke)
+    return finish(NAME, write_page(lines), smoke=args.smoke, svg=None if args.smoke else draw(lines))
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ lines. Texts go through the encoder that FEDJAX_REC_TEXT_ENCODER names. Everythi
 round with all clients: the id table is its encoder that looks a row up, so all rows send the same and cost the same.
 """
 
-import argparse
 import json
 import math
 import sys
@@ -28,7 +27,7 @@ import optax
 
 from experiments._news_page import COLUMNS, EPSILONS, PARTS, RANK_METRICS, ROUNDS, ROWS, spelt, write_page
 from experiments._news_world import generate_mind
-from experiments.harness import RESULTS, keep_line, read_lines
+from experiments.harness import finish, keep_line, read_lines, study_parser
 from fedjax_rec.algorithms.server_encoder import server_encoder
 from fedjax_rec.data import leave_one_out, load
 from fedjax_rec.data.cache import default_cache_dir
@@ -306,14 +305,11 @@ RUNS = {"news": news_runs, "films": films_runs}
 
 def main(argv: list[str] | None = None) -> int:
     """Measures what is missing, and writes the page."""
-    parser = argparse.ArgumentParser(prog=f"python -m experiments {NAME}", description=__doc__.splitlines()[0])
+    parser = study_parser(NAME, __doc__, seeds=3)
     parser.add_argument("--data-dir", type=Path, help="folder with ml-100k/ (default: FEDJAX_REC_DATA)")
     parser.add_argument("--mind", type=Path, help="folder with train/ and dev/ of MIND; made-up news without it")
-    parser.add_argument("--seeds", type=int, default=3, help="seeds of each row")
     parser.add_argument("--part", choices=tuple(PARTS), action="append", help="only this; may be repeated")
     parser.add_argument("--row", choices=ROWS, action="append", help="only this one; may be repeated")
-    parser.add_argument("--smoke", action="store_true", help="seconds, on made-up data; writes nothing")
-    parser.add_argument("--only-page", action="store_true", help="run nothing, write the page from the kept lines")
     args = parser.parse_args(argv)
     wanted = [(part, row, e) for part in args.part or PARTS for row in args.row or PARTS[part] for e in EPSILONS]
     wanted = [w for w in wanted if w[1] in PARTS[w[0]]]
@@ -338,11 +334,7 @@ def main(argv: list[str] | None = None) -> int:
     shown = [
         line for line in lines if line["key"].get("mind", False) == bool(args.mind) or line["key"]["part"] != "news"
     ]
-    page = write_page(shown)
-    print(page)
-    if not args.smoke:
-        (RESULTS / f"{NAME}.md").write_text(page, encoding="utf-8")
-    return 0
+    return finish(NAME, write_page(shown), smoke=args.smoke)
 
 
 if __name__ == "__main__":

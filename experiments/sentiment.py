@@ -10,9 +10,7 @@ are DP-FedAvg on everybody: one step on all messages of a user, clipped to norm 
 users with most messages are taken, which is a look at the data that epsilon does not cover.
 """
 
-import argparse
 import itertools
-import json
 import math
 import sys
 from collections.abc import Sequence
@@ -25,7 +23,7 @@ import numpy as np
 import optax
 from dp_accounting import GaussianDpEvent
 
-from experiments.harness import RESULTS, keep_line, read_lines
+from experiments.harness import add_missing, finish, study_parser
 from fedjax_rec.data.cache import default_cache_dir
 from fedjax_rec.federated.cohort import full_participation
 from fedjax_rec.federated.round import RoundKeys, make_rounds
@@ -34,7 +32,6 @@ from fedjax_rec.privacy.calibration import calibrate_noise_multiplier
 from fedjax_rec.privacy.ledger import Ledger
 from fedjax_rec.privacy.mechanisms import user_level_dp
 from fedjax_rec.reporting import Table, to_markdown
-from fedjax_rec.runs.stamp import stamp
 from fedjax_rec.synthesis.plan import usual_delta
 from fedjax_rec.text.encoder import embed_texts, find_encoder, load_encoder
 from fedjax_rec.text.head import head_scores, linear_head
@@ -162,29 +159,25 @@ def write_page(lines: Sequence[dict]) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     """Measures what is missing, and writes the page."""
-    parser = argparse.ArgumentParser(prog=f"python -m experiments {NAME}", description=__doc__.splitlines()[0])
+    parser = study_parser(NAME, __doc__, seeds=NUM_SEEDS)
     parser.add_argument("--file", type=Path, help="CSV of Sentiment140 (default: generated messages)")
-    parser.add_argument("--seeds", type=int, default=NUM_SEEDS, help="seeds of each row")
-    parser.add_argument("--smoke", action="store_true", help="seconds, on few generated messages; writes nothing")
-    parser.add_argument("--only-page", action="store_true", help="run nothing, write the page from the kept lines")
     args = parser.parse_args(argv)
     data = GENERATED if args.file is None else args.file.name
-    lines = [] if args.smoke else read_lines(NAME)
-    done = [line["key"] for line in lines]
-    for seed, epsilon in itertools.product(range(1 if args.smoke else args.seeds), (4.0,) if args.smoke else EPSILONS):
-        key = {"data": data, "epsilon": "inf" if math.isinf(epsilon) else epsilon, "seed": seed}
-        if key in done or args.only_page or (math.isinf(epsilon) and seed):  # nothing is drawn without noise
-            continue
-        values = measure(args.file, epsilon, seed, args.smoke)
-        lines.append({"key": key, "values": values, "stamp": stamp(seed=seed, data_fingerprint=None)})
-        print(json.dumps({**key, "accuracy": values["accuracy"], "clipped": values["clipped"]}), flush=True)
-        if not args.smoke:
-            keep_line(NAME, lines[-1])
-    page = write_page(lines)
-    print(page)
-    if not args.smoke:
-        (RESULTS / f"{NAME}.md").write_text(page, encoding="utf-8")
-    return 0
+    keys = [
+        {"data": data, "epsilon": "inf" if math.isinf(epsilon) else epsilon, "seed": seed}
+        for seed, epsilon in itertools.product(
+            range(1 if args.smoke else args.seeds), (4.0,) if args.smoke else EPSILONS
+        )
+        if not (math.isinf(epsilon) and seed)  # nothing is drawn without noise
+    ]
+    lines = add_missing(
+        NAME,
+        [] if args.only_page else keys,
+        lambda key: measure(args.file, float(key["epsilon"]), key["seed"], args.smoke),
+        shown=("accuracy", "clipped"),
+        smoke=args.smoke,
+    )
+    return finish(NAME, write_page(lines), smoke=args.smoke)
 
 
 if __name__ == "__main__":

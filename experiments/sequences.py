@@ -358,7 +358,7 @@ STUDY = Study(
         Row("SASRec, BCE", partial(run_sequence, small, Recipe(by(sasrec, binary_cross_entropy())))),
         Row("BERT4Rec", partial(run_sequence, small, Recipe(by(bert4rec), num_epochs=60, learning_rate=2e-3))),
         Row("HSTU", partial(run_sequence, small, Recipe(by(hstu)))),
-        Row("SASRec, federated", partial(run_federated, small, by(sasrec), Federation(32, 36, 1e-3))),
+        Row("SASRec, federated", partial(run_federated, small, by(sasrec), Federation(32, 60, 2e-3))),
         Row(
             "SASRec, federated, epsilon 8",
             partial(run_federated, small, by(sasrec, **PRIVATE), Federation(300, 30, 5e-3, 8.0, 0.5)),
