@@ -46,7 +46,7 @@ def attribution_bars(explanation: Explanation, name: Naming) -> Figure:
         axes.tick_params(axis="x", labelbottom=False, length=0)
         axes.spines[["left", "bottom"]].set_visible(False)
         axes.grid(False)
-        axes.margins(x=0.2)
+        axes.margins(x=0.35 if min(values) < 0 else 0.2)
     return figure
 
 
