@@ -54,9 +54,9 @@ def quality_table(lines: Sequence[dict], private: bool) -> Table:
 
 def recovered(taught_by, plain, learned) -> tuple[str, str]:
     """(distilled - plain) / (teacher - plain), and what distillation adds, seed by seed."""
-    top, low, got = mean(taught_by, METRIC), mean(plain, METRIC), mean(learned, METRIC)
-    share = f"{(got - low) / (top - low):.2f}" if top > low else "no gap"
     seeds = min(len(plain), len(learned))
+    top, low, got = (mean(runs, METRIC) for runs in (taught_by, plain[:seeds], learned[:seeds]))
+    share = f"{(got - low) / (top - low):.2f}" if top > low else "no gap"
     gains = [a[METRIC] - b[METRIC] for a, b in zip(learned[:seeds], plain[:seeds], strict=True)]
     spread = f" ± {np.std(gains, ddof=1):.4f}" if seeds > 1 else ""
     return share, f"{np.mean(gains):+.4f}{spread}"
@@ -100,7 +100,8 @@ def status(lines: Sequence[dict]) -> str:
             plain, learned = (rows_of(lines, student, mode, private) for mode in (PLAIN, DISTILLED))
             if not (plain and learned) or 10 * plain[0]["numbers"] > taught_by[0]["numbers"]:
                 continue
-            top, low, got = (mean(runs, METRIC) for runs in (taught_by, plain, learned))
+            seeds = min(len(plain), len(learned))
+            top, low, got = (mean(runs, METRIC) for runs in (taught_by, plain[:seeds], learned[:seeds]))
             verdict = "at least half" if got >= (top + low) / 2 and got > low else "LESS THAN HALF"
             gap = "" if top > low else " (on test items the plain student is no worse than the teacher)"
             kind = f"at epsilon {EPSILON:g}" if private else "without privacy"
