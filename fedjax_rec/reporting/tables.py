@@ -317,7 +317,7 @@ def _markdown_row(cells: Sequence[str], widths: Sequence[int], right: Sequence[b
 def _escape_latex(text: str) -> str:
     """Text that LaTeX shows as it is; hyphens in a row are kept apart, or they would become a dash."""
     text = _one_line(text)
-    pairs = zip(text, text[1:] + " ", strict=True)
+    pairs = zip(text, [*text[1:], ""], strict=False)  # an empty text has none
     return "".join("-{}" if pair == ("-", "-") else LATEX.get(pair[0], pair[0]) for pair in pairs)
 
 
