@@ -11,8 +11,7 @@ import jax.numpy as jnp
 
 from fedjax_rec.models.base import Shared
 from fedjax_rec.models.items import ItemTower
-from fedjax_rec.models.sasrec import last_items_of
-from fedjax_rec.models.sequence import SequenceModel, last_items
+from fedjax_rec.models.sequence import SequenceModel, last_items, last_items_of
 
 
 def mean_user(items: ItemTower, *, max_length: int = 200, dropout: float = 0.5) -> SequenceModel:

@@ -14,8 +14,8 @@ import jax
 import jax.numpy as jnp
 
 from fedjax_rec.models.items import ItemTower
-from fedjax_rec.models.sasrec import init_with_items, last_items_of, tower_params
-from fedjax_rec.models.sequence import SequenceModel, last_items
+from fedjax_rec.models.sasrec import init_with_items, tower_params
+from fedjax_rec.models.sequence import SequenceModel, last_items, last_items_of
 from fedjax_rec.models.sequence_losses import SequenceLoss, Targets, full_cross_entropy
 
 

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from fedjax_rec.federated.rows import take_rows
 from fedjax_rec.models.base import Shared
 from fedjax_rec.models.items import ItemTower
-from fedjax_rec.models.sequence import SequenceModel, last_items
+from fedjax_rec.models.sequence import SequenceModel, last_items, last_items_of
 
 
 def nrms(
@@ -70,9 +70,8 @@ def nrms(
         return Shared(params.tables, params.dense["items"])
 
     def query(params, history, presence=None):
-        if presence is not None and len(history) > max_length:
-            first = jnp.maximum(jnp.sum(history < num_items) - max_length, 0)
-            presence = jax.lax.dynamic_slice_in_dim(presence, first, max_length)
+        if presence is not None:
+            presence = last_items_of(presence, history, max_length, num_items)
         history = last_items(history, max_length, num_items)
         clicked = items.take(vectors_of(params), history)
         if presence is not None:

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from fedjax_rec.models.base import Shared
 from fedjax_rec.models.items import ItemTower
 from fedjax_rec.models.nnx import PureModule, pure_module
-from fedjax_rec.models.sequence import SequenceModel, last_items
+from fedjax_rec.models.sequence import SequenceModel, last_items, last_items_of
 from fedjax_rec.models.sequence_blocks import Stack, TransformerBlock, check_settings, earlier, places_from_end
 from fedjax_rec.models.sequence_losses import SequenceLoss, Targets, full_cross_entropy
 
@@ -118,13 +118,6 @@ def init_with_items(items: ItemTower, init_rest, key: jax.Array) -> Shared:
 def tower_params(params: Shared) -> Shared:
     """The item side's part of a model's parameters."""
     return Shared(params.tables, params.dense["items"])
-
-
-def last_items_of(values: jax.Array, history: jax.Array, max_length: int, num_items: int) -> jax.Array:
-    """Numbers ``[L]`` that go with a history, at its `last_items`."""
-    start = jnp.maximum(jnp.sum(history < num_items) - max_length, 0)
-    width = min(len(history), max_length)
-    return jax.lax.dynamic_slice_in_dim(values, start, width)
 
 
 def _block(dim, num_heads, dropout, rngs):

@@ -58,6 +58,13 @@ def last_items(history: jax.Array, max_length: int, num_items: int) -> jax.Array
     return jax.lax.dynamic_slice_in_dim(history, start, max_length)
 
 
+def last_items_of(values: jax.Array, history: jax.Array, max_length: int, num_items: int) -> jax.Array:
+    """Numbers ``[L]`` that go with a history, at its `last_items`."""
+    start = jnp.maximum(jnp.sum(history < num_items) - max_length, 0)
+    width = min(len(history), max_length)
+    return jax.lax.dynamic_slice_in_dim(values, start, width)
+
+
 def padded_histories(histories: Interactions, user_ids: np.ndarray, max_length: int) -> np.ndarray:
     """The last items of some users, int32 ``[len(user_ids), max_length]``, padded behind with ``num_items``."""
     out = np.full((len(user_ids), max_length), histories.num_items, np.int32)

@@ -35,8 +35,8 @@ from fedjax_rec.models.base import Shared
 from fedjax_rec.models.click_network import Mlp
 from fedjax_rec.models.items import ItemTower
 from fedjax_rec.models.nnx import pure_module
-from fedjax_rec.models.sasrec import init_with_items, last_items_of, tower_params
-from fedjax_rec.models.sequence import SequenceModel, last_items
+from fedjax_rec.models.sasrec import init_with_items, tower_params
+from fedjax_rec.models.sequence import SequenceModel, last_items, last_items_of
 from fedjax_rec.models.sequence_losses import mean_over
 
 POOLINGS = ("mean", "attention")
